@@ -1,0 +1,312 @@
+"""Online calibration: log multipliers on predicted service time, p95 tail and CPU time, learnt from every
+lease.
+
+Each lease's log ratio measured/predicted is a sum of effects, each with its own mean and variance: overall,
+per variant and per configuration, of the device, of its class and of the fleet. One scalar Kalman step with a
+diagonal covariance shares the innovation out by variance (West & Harrison, *Bayesian Forecasting and Dynamic
+Models*, ch. 4), which gives shrinkage from device to class to fleet; process noise forgets; a redescending
+weight softens outliers (Hampel, 1974). Two surprises on the same side reopen the device's uncertainty: its
+speed has changed. A diagonal covariance cannot lose positive definiteness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selector.errors import InvalidInput
+from selector.interactions import Context, Interaction
+from selector.queueing import sojourn
+from selector.validation import check_interaction, number
+
+Floats = NDArray[np.float64]
+Row = dict[str, Any]
+
+SERVICE, TAIL, CPU = QUANTITIES = ("service", "tail", "cpu")
+SCOPES = ("fleet", "class", "device")
+OVERALL, VARIANT, CONFIGURATION = KINDS = ("overall", "variant", "configuration")
+
+# Standard deviations of the effects before anything is known, by quantity, kind and scope (fleet, class,
+# device).
+PRIOR_SD: dict[str, dict[str, tuple[float, float, float]]] = {
+    SERVICE: {OVERALL: (0.12, 0.15, 0.30), VARIANT: (0.10, 0.10, 0.12), CONFIGURATION: (0.08, 0.06, 0.06)},
+    TAIL: {OVERALL: (0.15, 0.15, 0.30), VARIANT: (0.05, 0.05, 0.10), CONFIGURATION: (0.08, 0.06, 0.10)},
+    CPU: {OVERALL: (0.20, 0.20, 0.20), VARIANT: (0.10, 0.10, 0.10), CONFIGURATION: (0.08, 0.06, 0.06)},
+}
+PRIOR_VARIANCE = {
+    (quantity, kind): tuple(sd**2 for sd in sds) for quantity, kinds in PRIOR_SD.items() for kind, sds in kinds.items()
+}
+# How far an effect may wander from one of its leases to the next.
+DRIFT_SD = {OVERALL: (0.005, 0.01, 0.03), VARIANT: (0.002, 0.005, 0.015), CONFIGURATION: (0.002, 0.005, 0.01)}
+# Noise of one lease's log ratio: what no effect explains, and what shrinks with the number of requests.
+LEASE_SD = {SERVICE: 0.08, TAIL: 0.20, CPU: 0.08}
+REQUEST_SD = {SERVICE: 0.30, TAIL: 1.50, CPU: 0.30}
+PERCENTILE_SD = 0.20
+OUTLIER_Z = 2.5
+SURPRISE_Z = 1.5
+TAIL_UTILISATION_LIMIT = 0.95
+LARGEST_LOG_RATIO = 5.0
+# A shorter time was not measured, whatever was sent: its ratio may be 0, which has no logarithm.
+LEAST_MEASURED_MS = 1e-6
+
+
+# Effects of one scope, and one effect in them: kind, name, level of the scope, mean, variance.
+_Part = tuple[Row, str, str, int, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The effects that one action has, by kind, for one quantity."""
+
+    overall: str
+    variant: str
+    configuration: str
+
+    def by_kind(self) -> tuple[tuple[str, str], ...]:
+        """Pairs (kind, name)."""
+        return (OVERALL, self.overall), (VARIANT, self.variant), (CONFIGURATION, self.configuration)
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """Log multiplier: mean and variance, and the share of the device x variant uncertainty that is left; one
+    shape."""
+
+    mean: Floats
+    variance: Floats
+    unknown: Floats
+
+
+def scopes_of(context: Context) -> tuple[str, str, str]:
+    """Keys of the rows that a context reads and writes.
+
+    >>> scopes_of(Context("pi-7", "pi4", "digits", 1.0, 50.0))
+    ('fleet', 'class:pi4', 'device:pi-7')
+    """
+    return "fleet", f"class:{context.device_class}", f"device:{context.device}"
+
+
+def names_of(quantity: str, source: str, digest: str, configuration: str) -> Names:
+    """Effect names. Offsets learnt against a borrowed profile say nothing about the device's own one: kept
+    apart."""
+    family = "" if quantity == TAIL else "own" if source.startswith("device") else source
+    return Names(f"{OVERALL}:{family}", f"{VARIANT}:{family}:{digest[:12]}", f"{CONFIGURATION}:{configuration}")
+
+
+class Calibration:
+    """Effects of all scopes that were loaded. Rows are JSON-able and carry the whole state, each with a
+    revision.
+
+    >>> Calibration().revisions(Context("pi-7", "pi4", "digits", 1.0, 50.0))
+    {'fleet': 0, 'class:pi4': 0, 'device:pi-7': 0}
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Row] = {}
+
+    @classmethod
+    def from_rows(cls, rows: Mapping[str, Mapping[str, Any]]) -> Calibration:
+        """The calibration that ``rows`` wrote; raises InvalidInput naming what is not a row."""
+        calibration = cls()
+        for scope, row in rows.items():
+            calibration._rows[scope] = _checked_row(scope, row)
+        return calibration
+
+    def rows(self, scopes: Iterable[str] | None = None) -> dict[str, Row]:
+        """Copies of these rows (all by default) to be stored as JSON; a scope never learnt has revision 0."""
+        wanted = list(self._rows) if scopes is None else scopes
+        return {scope: _copied(self._rows.get(scope, {"revision": 0})) for scope in wanted}
+
+    def revisions(self, context: Context) -> dict[str, int]:
+        """Which state a prediction for this context uses."""
+        return {scope: int(self._rows.get(scope, {}).get("revision", 0)) for scope in scopes_of(context)}
+
+    def effects(self, quantity: str, kind: str, context: Context, names: Sequence[str]) -> Floats:
+        """Named effects summed over fleet, class and device, shape (len(names), 3): mean, variance of the log
+        multiplier, and the share of the device's own uncertainty that is left."""
+        known = [self._rows.get(scope, {}).get(quantity, {}) for scope in scopes_of(context)]
+        fleet_prior, class_prior, device_prior = PRIOR_VARIANCE[quantity, kind]
+        sums: dict[str, tuple[float, float, float]] = {}
+        for name in names:
+            if name not in sums:
+                fleet = known[0].get(name) or (0.0, fleet_prior)
+                group = known[1].get(name) or (0.0, class_prior)
+                device = known[2].get(name) or (0.0, device_prior)
+                variance = fleet[1] + group[1] + device[1]
+                sums[name] = fleet[0] + group[0] + device[0], variance, device[1] / device_prior
+        return np.array([sums[name] for name in names], dtype=np.float64).reshape(len(names), 3)
+
+    def update(self, interaction: Interaction) -> set[str]:
+        """Learn from one closed lease; returns the scopes that changed.
+
+        Uses only what the interaction records: raw predictions, context, measurement. Nothing happens if
+        there is nothing to compare (no requests, no measured time, an old record without raw predictions).
+        Raises InvalidInput.
+        """
+        check_interaction(interaction)
+        prediction = interaction.candidates[interaction.chosen].prediction
+        if (
+            interaction.measurement.requests <= 0
+            or not prediction.source
+            or prediction.raw_a_ms + prediction.raw_b_ms <= 0
+        ):
+            return set()
+        learnt = [
+            self._learn_service(interaction),
+            self._learn_tail(interaction),
+            self._learn_cpu(interaction),
+        ]
+        if not any(learnt):
+            return set()
+        scopes = scopes_of(interaction.context)
+        for scope in scopes:
+            row = self._rows.setdefault(scope, {"revision": 0})
+            row["revision"] += 1
+        return set(scopes)
+
+    def _learn_service(self, interaction: Interaction) -> bool:
+        measurement = interaction.measurement
+        prediction = interaction.candidates[interaction.chosen].prediction
+        if _is_measured(measurement.service_ms):
+            batch = max(measurement.batch_mean or prediction.batch, 1.0)
+            ratio = math.log(measurement.service_ms / (prediction.raw_a_ms * batch + prediction.raw_b_ms))
+            noise = LEASE_SD[SERVICE] ** 2 + REQUEST_SD[SERVICE] ** 2 * batch / measurement.requests
+        elif _is_measured(measurement.p50_ms):
+            known = self._known(SERVICE, interaction)
+            p50_ms = [_expected(interaction, known + step)[0] for step in (-0.1, 0.0, 0.1)]
+            slope = max((math.log(p50_ms[2]) - math.log(p50_ms[0])) / 0.2, 1.0)
+            ratio = known + (math.log(measurement.p50_ms) - math.log(p50_ms[1])) / slope
+            noise = PERCENTILE_SD**2 + REQUEST_SD[SERVICE] ** 2 / measurement.requests
+        else:
+            return False
+        return self._step(SERVICE, interaction, ratio, noise)
+
+    def _learn_tail(self, interaction: Interaction) -> bool:
+        measured = interaction.measurement.p95_ms
+        if not _is_measured(measured):
+            return False
+        _, p95_ms, utilisation = _expected(interaction, self._known(SERVICE, interaction))
+        if utilisation > TAIL_UTILISATION_LIMIT:
+            return False
+        noise = LEASE_SD[TAIL] ** 2 + REQUEST_SD[TAIL] ** 2 / interaction.measurement.requests
+        return self._step(TAIL, interaction, math.log(measured / p95_ms), noise)
+
+    def _learn_cpu(self, interaction: Interaction) -> bool:
+        measured = interaction.measurement.cpu_ms_per_request
+        raw = interaction.candidates[interaction.chosen].prediction.raw_cpu_ms
+        if not _is_measured(measured) or raw <= 0:
+            return False
+        noise = LEASE_SD[CPU] ** 2 + REQUEST_SD[CPU] ** 2 / interaction.measurement.requests
+        return self._step(CPU, interaction, math.log(measured / raw), noise)
+
+    def _known(self, quantity: str, interaction: Interaction) -> float:
+        """Log multiplier of the chosen action as it is known now."""
+        parts = _names(quantity, interaction).by_kind()
+        return float(sum(self.effects(quantity, kind, interaction.context, [name])[0, 0] for kind, name in parts))
+
+    def _step(self, quantity: str, interaction: Interaction, log_ratio: float, noise: float) -> bool:
+        """One Kalman step over the nine effects of the chosen action."""
+        rows = [self._rows.setdefault(scope, {"revision": 0}) for scope in scopes_of(interaction.context)]
+        parts: list[_Part] = []
+        for level, row in enumerate(rows):
+            effects = row.setdefault(quantity, {})
+            for kind, name in _names(quantity, interaction).by_kind():
+                prior = PRIOR_VARIANCE[quantity, kind][level]
+                mean, variance = effects.get(name, (0.0, prior))
+                parts.append(
+                    (effects, kind, name, level, mean, max(min(variance + DRIFT_SD[kind][level] ** 2, prior), variance))
+                )
+        log_ratio = min(max(log_ratio, -LARGEST_LOG_RATIO), LARGEST_LOG_RATIO)
+        innovation = log_ratio - sum(part[4] for part in parts)
+        spread = math.sqrt(sum(part[5] for part in parts) + noise)
+        if _is_changed(rows[-1], quantity, innovation / spread):
+            parts = [_reopened(part, innovation) for part in parts]
+        total = sum(part[5] for part in parts) + noise
+        softened = innovation * min(1.0, (OUTLIER_Z * math.sqrt(total) / max(abs(innovation), 1e-12)) ** 2)
+        for effects, _, name, _, mean, variance in parts:
+            gain = variance / total
+            effects[name] = [mean + gain * softened, variance * (1.0 - gain)]
+        return True
+
+
+def _is_measured(time_ms: float | None) -> TypeGuard[float]:
+    return time_ms is not None and time_ms >= LEAST_MEASURED_MS
+
+
+def _names(quantity: str, interaction: Interaction) -> Names:
+    candidate = interaction.candidates[interaction.chosen]
+    action = candidate.action
+    return names_of(quantity, candidate.prediction.source, action.variant.digest, action.configuration.key)
+
+
+def _expected(interaction: Interaction, log_multiplier: float) -> tuple[float, float, float]:
+    """What queueing expects of the chosen action at this service speed: p50 ms, p95 ms, utilisation."""
+    candidate = interaction.candidates[interaction.chosen]
+    factor = math.exp(log_multiplier)
+    bounds = candidate.action.configuration
+    queue = sojourn(
+        candidate.prediction.raw_a_ms * factor,
+        candidate.prediction.raw_b_ms * factor,
+        bounds.max_batch,
+        bounds.max_concurrency,
+        interaction.context.arrival_rate_rps,
+    )
+    return float(queue.p50_ms), float(queue.p95_ms), float(queue.utilisation)
+
+
+def _is_changed(row: Row, quantity: str, z: float) -> bool:
+    """Whether the device has surprised twice on the same side; the memory of surprises stays in its row."""
+    memory = row.setdefault("surprise", {})
+    clipped = min(max(z, -3.0), 3.0)
+    memory[quantity] = 0.5 * memory.get(quantity, 0.0) + 0.5 * clipped
+    if abs(memory[quantity]) <= SURPRISE_Z:
+        return False
+    memory[quantity] = 0.0
+    return True
+
+
+def _reopened(part: _Part, innovation: float) -> _Part:
+    """The device's overall effect made so uncertain that the innovation is no outlier any more."""
+    effects, kind, name, level, mean, variance = part
+    if kind == OVERALL and SCOPES[level] == "device":
+        variance = max(variance, min((innovation / 2.0) ** 2, LARGEST_LOG_RATIO))
+    return effects, kind, name, level, mean, variance
+
+
+def _copied(row: Row) -> Row:
+    return {
+        key: _copied(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else value
+        for key, value in row.items()
+    }
+
+
+def _checked_row(scope: str, row: Mapping[str, Any]) -> Row:
+    if scope != "fleet" and not scope.startswith(("class:", "device:")):
+        raise InvalidInput("scope", f"must be fleet, class:<name> or device:<id>, is {scope[:80]!r}")
+    if not isinstance(row, Mapping):
+        raise InvalidInput(scope, "must be a mapping")
+    checked: Row = {"revision": int(number(f"{scope}.revision", row.get("revision", 0), 0, 2**53))}
+    for quantity in QUANTITIES:
+        if quantity in row:
+            if not isinstance(row[quantity], Mapping):
+                raise InvalidInput(f"{scope}.{quantity}", "must be a mapping")
+            checked[quantity] = {
+                str(name): _checked_effect(f"{scope}.{quantity}.{name}", effect)
+                for name, effect in row[quantity].items()
+            }
+    if isinstance(row.get("surprise"), Mapping):
+        checked["surprise"] = {
+            str(name): number(f"{scope}.surprise", value, -3, 3) for name, value in row["surprise"].items()
+        }
+    return checked
+
+
+def _checked_effect(field: str, effect: object) -> list[float]:
+    if not isinstance(effect, (list, tuple)) or len(effect) != 2:
+        raise InvalidInput(field, "must be [mean, variance]")
+    return [number(field, effect[0], -100, 100), number(field, effect[1], 0, 100)]

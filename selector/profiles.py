@@ -1,0 +1,172 @@
+"""The service times known for one device: measured, borrowed or guessed. Knows neither load nor calibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selector.actions import ActionTable
+from selector.interactions import Profile, Variant
+from selector.kept import Kept
+from selector.validation import check_profiles
+
+Floats = NDArray[np.float64]
+
+# Amdahl's law for one inference on several threads; ONNX Runtime on CPU, small and middling models.
+PARALLEL_SHARE = 0.85
+# Log standard deviation of a service time by where it comes from.
+SOURCE_SD = {"device": 0.05, "device_scaled": 0.25, "class": 0.25, "server": 0.6, "size": 0.9}
+SCALED_SD = 0.2
+RATIO_KNOWN_SD = 0.25
+# A model nobody measured: milliseconds for one request per megabyte, and a fixed part.
+MS_PER_MB, FIXED_MS = 4.0, 1.0
+_MOST_KEPT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTime:
+    """Service time ``a_ms * n + b_ms`` of one variant with so many threads, its log uncertainty and its source."""
+
+    a_ms: float
+    b_ms: float
+    log_sd: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceColumns:
+    """Service times and memory of all actions, shape (actions,); ``pair_source`` per pair of the table."""
+
+    a_ms: Floats
+    b_ms: Floats
+    log_sd: Floats
+    memory_bytes: Floats
+    source: tuple[str, ...]
+    pair_source: tuple[str, ...]
+
+
+class ProfileBook:
+    """All profiles that bear on one device: its own, its class's, the server's."""
+
+    def __init__(self, profiles: Sequence[Profile]) -> None:
+        check_profiles(profiles)
+        self._known: dict[str, dict[str, dict[int, Profile]]] = {"device": {}, "class": {}, "server": {}}
+        for profile in profiles:
+            self._known[profile.source].setdefault(profile.digest, {})[profile.threads] = profile
+        self._ratio = {source: self._speed_ratio(source) for source in ("class", "server")}
+        self._columns: dict[tuple[int, int], tuple[ActionTable, ServiceColumns]] = {}
+
+    def columns(self, table: ActionTable, cores: int) -> ServiceColumns:
+        """Service times of all actions; worked out once per table."""
+        found = self._columns.get((id(table), cores))
+        if found is not None and found[0] is table:
+            return found[1]
+        times = self.service_times(table.variants, table.pairs, cores)
+        memory = np.array([self._memory_of(variant) for variant in table.variants], dtype=np.float64)
+        made = ServiceColumns(
+            a_ms=np.array([time.a_ms for time in times], dtype=np.float64)[table.pair],
+            b_ms=np.array([time.b_ms for time in times], dtype=np.float64)[table.pair],
+            log_sd=np.array([time.log_sd for time in times], dtype=np.float64)[table.pair],
+            memory_bytes=memory[table.variant],
+            source=tuple(times[index].source for index in table.pair.tolist()),
+            pair_source=tuple(time.source for time in times),
+        )
+        if len(self._columns) >= _MOST_KEPT:
+            self._columns.clear()
+        self._columns[id(table), cores] = table, made
+        return made
+
+    def service_times(
+        self, variants: Sequence[Variant], pairs: Sequence[tuple[int, int]], cores: int
+    ) -> list[ServiceTime]:
+        """Best known service time of each pair (index into variants, threads).
+
+        In this order: measured on the device; on it with other threads; measured on its class, then on the server,
+        times the device's speed against those where both were measured; else guessed from the size.
+        """
+        guess = self._size_ratio(variants, cores)
+        return [self._service_time(variants[index], threads, cores, guess) for index, threads in pairs]
+
+    def _service_time(self, variant: Variant, threads: int, cores: int, guess: float) -> ServiceTime:
+        own = self._known["device"].get(variant.digest)
+        if own:
+            source = "device" if threads in own else "device_scaled"
+            return ServiceTime(*_scaled(own, threads, cores), SOURCE_SD[source], source)
+        for source in ("class", "server"):
+            known = self._known[source].get(variant.digest)
+            if known:
+                factor, common = self._ratio[source]
+                a_ms, b_ms = _scaled(known, threads, cores)
+                log_sd = _borrowed_sd(source, common > 0, threads not in known)
+                return ServiceTime(a_ms * factor, b_ms * factor, log_sd, source)
+        one_ms = _guessed_ms(variant, threads, cores) * guess
+        return ServiceTime(0.8 * one_ms, 0.2 * one_ms, SOURCE_SD["size"], "size")
+
+    def _speed_ratio(self, source: str) -> tuple[float, int]:
+        """Device time over ``source`` time, geometric mean over what both measured, and over how many."""
+        logs = [
+            math.log(_one_ms(own) / _one_ms(other))
+            for digest, by_threads in self._known["device"].items()
+            for threads, own in by_threads.items()
+            if (other := self._known[source].get(digest, {}).get(threads)) is not None
+        ]
+        return (math.exp(sum(logs) / len(logs)), len(logs)) if logs else (1.0, 0)
+
+    def _size_ratio(self, variants: Sequence[Variant], cores: int) -> float:
+        """Measured time over the guess from the size, over the variants that anybody measured; 1 if none."""
+        logs = []
+        for variant in variants:
+            for source in ("device", "class", "server"):
+                known = self._known[source].get(variant.digest)
+                if known:
+                    scale = self._ratio[source][0] if source != "device" else 1.0
+                    logs += [
+                        math.log(scale * _one_ms(profile) / _guessed_ms(variant, threads, cores))
+                        for threads, profile in known.items()
+                    ]
+                    break
+        return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+    def _memory_of(self, variant: Variant) -> float:
+        """Measured where known, else declared, else what the file alone needs."""
+        for source in ("device", "class", "server"):
+            known = [each.memory_bytes for each in self._known[source].get(variant.digest, {}).values()]
+            if known and max(known) > 0:
+                return float(max(known))
+        return float(variant.memory_bytes or variant.size_bytes)
+
+
+profile_book = Kept[Profile, ProfileBook](ProfileBook)
+
+
+def speedup(threads: int, cores: int) -> float:
+    """How much faster one inference runs on several threads (Amdahl's law).
+
+    >>> speedup(1, 4), round(speedup(4, 4), 2), speedup(8, 4) == speedup(4, 4)
+    (1.0, 2.76, True)
+    """
+    return 1.0 / (1.0 - PARALLEL_SHARE + PARALLEL_SHARE / min(threads, max(cores, 1)))
+
+
+def _one_ms(profile: Profile) -> float:
+    return profile.a_ms + profile.b_ms
+
+
+def _guessed_ms(variant: Variant, threads: int, cores: int) -> float:
+    return (MS_PER_MB * variant.size_bytes / 1e6 + FIXED_MS) / speedup(threads, cores)
+
+
+def _scaled(known: dict[int, Profile], threads: int, cores: int) -> tuple[float, float]:
+    """(a, b) in ms of the profile with the same, else the nearest, number of threads."""
+    nearest = min(known, key=lambda each: (abs(math.log(each / threads)), each))
+    scale = speedup(nearest, cores) / speedup(threads, cores)
+    return known[nearest].a_ms * scale, known[nearest].b_ms * scale
+
+
+def _borrowed_sd(source: str, is_ratio_known: bool, is_scaled: bool) -> float:
+    log_sd = min(SOURCE_SD[source], RATIO_KNOWN_SD) if is_ratio_known else SOURCE_SD[source]
+    return math.hypot(log_sd, SCALED_SD) if is_scaled else log_sd

@@ -1,0 +1,230 @@
+"""One decision: predict, mask, shortlist, ask the policy, mix, sample once. The logged probability is the
+exact marginal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selector.actions import ActionTable, action_table
+from selector.calibration import Calibration
+from selector.errors import InvalidInput, NoFeasibleAction
+from selector.feasibility import SLO_VIOLATION_LIKELY, hard_masks, slo_violation_is_likely
+from selector.interactions import Action, Candidate, Context, Prediction, Profile, Ranking
+from selector.latency import LatencyModel, Predicted
+from selector.policy import Policy, checked, sample, seed_of
+from selector.reward import QoeFormula
+from selector.validation import check_context, name, number
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+EXPLOIT, UNIFORM, HOLDOUT_UNIFORM, HOLDOUT_BEST_FIXED = (
+    "exploit",
+    "uniform",
+    "holdout_uniform",
+    "holdout_best_fixed",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Exploration:
+    """How much is left to chance: ``epsilon`` uniform over all feasible actions, ``holdout`` for proof of
+    value.
+
+    ``shortlist_size`` is what the policy sees; actions whose probability of missing the SLO is above
+    ``slo_violation_limit`` stay off the shortlist while others are left.
+    """
+
+    epsilon: float = 0.02
+    holdout: float = 0.05
+    shortlist_size: int = 12
+    slo_violation_limit: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raise InvalidInput naming the field that makes no sense. Some uniform exploration must remain."""
+        number("epsilon", self.epsilon, 0, 1)
+        number("holdout", self.holdout, 0, 1)
+        number("slo_violation_limit", self.slo_violation_limit, 0, 1)
+        if isinstance(self.shortlist_size, bool) or not isinstance(self.shortlist_size, int):
+            raise InvalidInput("shortlist_size", "must be an integer")
+        number("shortlist_size", self.shortlist_size, 1, 1000)
+        if not 0 < self.epsilon + self.holdout <= 1:
+            raise InvalidInput("epsilon", "and holdout together must be above 0 and at most 1")
+
+
+def rank(
+    *,
+    decision_id: str,
+    context: Context,
+    actions: Sequence[Action],
+    profiles: Sequence[Profile],
+    calibration: Calibration,
+    formula: QoeFormula,
+    policy: Policy | None,
+    policy_version: int,
+    best_fixed: str | None,
+    exploration: Exploration,
+    bans: Mapping[str, str],
+) -> Ranking:
+    """Choose an action. Pure: the same arguments give the same ranking; the decision id is the only
+    randomness.
+
+    ``best_fixed`` is the key of the best fixed action so far, ``bans`` maps action keys or digests to
+    reasons. Without a policy the draw is uniform over the feasible actions. Pass ``actions`` as one kept
+    tuple to have it read only once. The shortlist is deterministic, so a marginal probability is a plain sum
+    over the parts of the mixture.
+
+    Raises NoFeasibleAction with all reasons, InvalidInput, or PolicyFailure if the policy gives no
+    distribution.
+    """
+    name("decision_id", decision_id)
+    check_context(context)
+    table = action_table(actions)
+    model = LatencyModel(profiles, calibration)
+    scored = _score(context, table, model, formula=formula, exploration=exploration, bans=bans)
+    preferred = np.zeros(len(table.actions))
+    shortlist: list[int] = []
+    if policy is not None:
+        shortlist = scored.shortlist(context, exploration.shortlist_size)
+        listed = [scored.candidate(index, True, 0.0) for index in shortlist]
+        preferred[shortlist] = checked(policy.probabilities(context, listed), len(listed))
+    fixed = table.position.get(best_fixed) if best_fixed is not None else None
+    parts = mixture(preferred, scored.feasible, fixed, exploration, policy is not None)
+    marginal = np.sum(list(parts.values()), axis=0)
+    marginal /= marginal.sum()
+    seed = seed_of(decision_id)
+    chosen = sample(marginal, seed)
+    return Ranking(
+        candidates=scored.candidates(frozenset(shortlist), marginal),
+        chosen=chosen,
+        seed=seed,
+        kind=_kind(parts, chosen, seed),
+        policy_version=policy_version,
+        calibration_revisions=calibration.revisions(context),
+    )
+
+
+def expected_qoe(context: Context, table: ActionTable, predicted: Predicted, formula: QoeFormula) -> Floats:
+    """Predicted QoE per action; a variant that is neither running nor on the device has to be downloaded."""
+    running = (context.incumbent or "").split("/")[0]
+    there = [variant.digest in context.cached_digests or variant.digest[:12] == running for variant in table.variants]
+    download = np.where(np.array(there, dtype=np.bool_)[table.variant], 0.0, table.size_bytes)
+    share = predicted.slo_hit_share
+    return formula.predicted(table.accuracy, share, predicted.cpu_ms_per_request, download)
+
+
+def mixture(
+    preferred: Floats, feasible: Mask, best_fixed: int | None, exploration: Exploration, has_policy: bool
+) -> dict[str, Floats]:
+    """The parts of the mixture by kind, each of shape (actions,); together they sum to 1.
+
+    >>> some = Exploration(epsilon=0.1, holdout=0.2)
+    >>> parts = mixture(np.array([1.0, 0.0]), np.array([True, True]), 1, some, True)
+    >>> [round(float(p), 3) for p in sum(parts.values())]
+    [0.8, 0.2]
+    """
+    uniform = feasible / feasible.sum()
+    if not has_policy:
+        return {UNIFORM: uniform}
+    epsilon, holdout = exploration.epsilon, exploration.holdout
+    fixed = np.zeros(len(feasible))
+    if best_fixed is not None and feasible[best_fixed]:
+        fixed[best_fixed] = holdout / 2
+        holdout /= 2
+    return {
+        EXPLOIT: (1 - epsilon - exploration.holdout) * preferred,
+        UNIFORM: epsilon * uniform,
+        HOLDOUT_UNIFORM: holdout * uniform,
+        HOLDOUT_BEST_FIXED: fixed,
+    }
+
+
+def _kind(parts: dict[str, Floats], chosen: int, seed: int) -> str:
+    """Which part drew the action: drawn given the action, by a second number of the seed, so the marginal
+    is exact."""
+    shares = np.array([part[chosen] for part in parts.values()])
+    return list(parts)[sample(shares / shares.sum(), seed, "kind")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """All actions of one decision with predictions and masks; columns of shape (actions,)."""
+
+    table: ActionTable
+    predictions: list[Prediction]
+    hard: list[tuple[str, ...]]
+    soft: Mask
+    feasible: Mask
+
+    def shortlist(self, context: Context, size: int) -> list[int]:
+        """Indices of the best by predicted QoE, ascending; incumbent and baseline always; soft-masked if
+        all are."""
+        eligible = self.feasible & ~self.soft
+        if not eligible.any():
+            eligible = self.feasible
+        position = self.table.position
+        wanted = dict.fromkeys(key for key in (context.incumbent, context.baseline) if key in position)
+        forced = [position[key] for key in wanted if key is not None and self.feasible[position[key]]]
+        qoe = np.array([each.qoe for each in self.predictions])
+        order = np.argsort(-qoe, kind="stable")
+        best = [index for index in order[eligible[order]].tolist() if index not in forced]
+        return sorted(forced + best[: max(size - len(forced), 0)])
+
+    def candidate(self, index: int, shortlisted: bool, probability: float) -> Candidate:
+        """One action as it is logged."""
+        soft = (SLO_VIOLATION_LIKELY,) if self.soft[index] else ()
+        action, prediction = self.table.actions[index], self.predictions[index]
+        return Candidate(action, prediction, self.hard[index], soft, shortlisted, probability)
+
+    def candidates(self, shortlist: frozenset[int], marginal: Floats) -> tuple[Candidate, ...]:
+        """All actions as they are logged."""
+        soft = [(SLO_VIOLATION_LIKELY,) if likely else () for likely in self.soft.tolist()]
+        listed = [index in shortlist for index in range(len(soft))]
+        columns = (self.table.actions, self.predictions, self.hard, soft, listed, marginal.tolist())
+        return tuple(map(Candidate, *columns))
+
+
+def _score(
+    context: Context,
+    table: ActionTable,
+    model: LatencyModel,
+    *,
+    formula: QoeFormula,
+    exploration: Exploration,
+    bans: Mapping[str, str],
+) -> _Scored:
+    if not table.actions:
+        raise NoFeasibleAction({})
+    predicted = model.predict(context, table)
+    hard = hard_masks(context, table, predicted.memory_bytes, bans)
+    feasible = np.array([not masks for masks in hard], dtype=np.bool_)
+    if not feasible.any():
+        raise NoFeasibleAction(dict(zip(table.keys, hard, strict=True)))
+    soft = slo_violation_is_likely(predicted.slo_violation_probability, exploration.slo_violation_limit)
+    qoe = expected_qoe(context, table, predicted, formula)
+    return _Scored(table, _predictions(predicted, qoe), hard, soft, feasible)
+
+
+def _predictions(predicted: Predicted, qoe: Floats) -> list[Prediction]:
+    """One per action, rounded to what is worth logging."""
+    columns = np.stack(
+        (
+            predicted.p50_ms,
+            predicted.p95_ms,
+            predicted.log_sd,
+            predicted.cpu_ms_per_request,
+            predicted.slo_violation_probability,
+            qoe,
+            predicted.service_ms,
+            predicted.batch,
+            predicted.slo_hit_share,
+            predicted.raw_a_ms,
+            predicted.raw_b_ms,
+            predicted.raw_cpu_ms,
+        )
+    ).round(6)
+    return list(map(Prediction, *columns.tolist(), predicted.source))

@@ -1,0 +1,150 @@
+"""What a value must satisfy before any model sees it. One inf poisons a learner for good, so nothing is let
+through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from selector.errors import InvalidInput
+from selector.interactions import Candidate, Context, Interaction, Measurement, Prediction, Profile
+
+LONGEST_NAME = 512
+
+
+def number(field: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    """The value as a finite float in [low, high].
+
+    >>> number("rating", 1, 0, 1)
+    1.0
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidInput(field, f"must be a number, is {type(value).__name__}")
+    if not math.isfinite(value):
+        raise InvalidInput(field, f"must be finite, is {value}")
+    if not low <= value <= high:
+        raise InvalidInput(field, f"must be between {low:g} and {high:g}, is {value:g}")
+    return float(value)
+
+
+def name(field: str, value: object) -> str:
+    """The value as a non-empty string of bounded length."""
+    if not isinstance(value, str) or not value or len(value) > LONGEST_NAME:
+        raise InvalidInput(field, f"must be a non-empty string of at most {LONGEST_NAME} characters")
+    return value
+
+
+def check_context(context: Context) -> None:
+    """Raise InvalidInput naming the first field of the context that cannot be used."""
+    for field in ("device", "device_class", "application"):
+        name(f"context.{field}", getattr(context, field))
+    number("context.arrival_rate_rps", context.arrival_rate_rps, 0, 1e9)
+    number("context.slo_p95_ms", context.slo_p95_ms, 1e-6, 1e12)
+    number("context.minimum_accuracy", context.minimum_accuracy, 0, 1)
+    number("context.cores", context.cores, 1, 1e6)
+    number("context.memory_free_bytes", context.memory_free_bytes, 0, 1e18)
+    number("context.cpu_load_share", context.cpu_load_share, 0, 1)
+    for key, value in context.features.items():
+        name("context.features", key)
+        if isinstance(value, str):
+            if len(value) > LONGEST_NAME:
+                raise InvalidInput(f"context.features.{key}", f"is longer than {LONGEST_NAME} characters")
+        else:
+            number(f"context.features.{key}", value)
+
+
+def check_profiles(profiles: Sequence[Profile]) -> None:
+    """Raise InvalidInput naming the first profile that is no measurement."""
+    for position, profile in enumerate(profiles):
+        field = f"profiles[{position}]"
+        name(f"{field}.digest", profile.digest)
+        number(f"{field}.threads", profile.threads, 1, 1e6)
+        number(f"{field}.a_ms", profile.a_ms, 0, 1e12)
+        number(f"{field}.b_ms", profile.b_ms, 0, 1e12)
+        number(f"{field}.memory_bytes", profile.memory_bytes, 0, 1e18)
+        if profile.source not in ("device", "class", "server"):
+            raise InvalidInput(f"{field}.source", "must be device, class or server")
+        if profile.a_ms + profile.b_ms <= 0:
+            raise InvalidInput(f"{field}.a_ms", "must be positive together with b_ms")
+
+
+def check_measurement(measurement: Measurement) -> None:
+    """Raise InvalidInput naming the first component that cannot have been measured."""
+    number("measurement.requests", measurement.requests, 0, 1e15)
+    number("measurement.errors", measurement.errors, 0, 1e15)
+    number("measurement.ratings", measurement.ratings, 0, 1e15)
+    number("measurement.download_bytes", measurement.download_bytes, 0, 1e18)
+    for field in ("p50_ms", "p95_ms", "cpu_ms_per_request", "service_ms", "batch_mean"):
+        value = getattr(measurement, field)
+        if value is not None:
+            number(f"measurement.{field}", value, 0, 1e12)
+    for field in ("slo_hit_share", "accuracy", "rating"):
+        value = getattr(measurement, field)
+        if value is not None:
+            number(f"measurement.{field}", value, 0, 1)
+
+
+def check_candidates(candidates: Sequence[Candidate]) -> None:
+    """Raise InvalidInput if there is no candidate, one stands twice, or a prediction is not a finite
+    number."""
+    if not candidates:
+        raise InvalidInput("candidates", "must not be empty")
+    if len({candidate.action.key for candidate in candidates}) != len(candidates):
+        raise InvalidInput("candidates", "must not name one action twice")
+    for position, candidate in enumerate(candidates):
+        check_prediction(candidate, f"candidates[{position}]")
+
+
+def check_prediction(candidate: Candidate, field: str) -> None:
+    """Raise InvalidInput unless every number that a learner reads of this candidate is finite and in
+    range."""
+    prediction = candidate.prediction
+    if _is_sound(prediction, candidate.action.variant.accuracy):
+        return
+    number(f"{field}.prediction.qoe", prediction.qoe, -1e6, 1e6)
+    number(f"{field}.prediction.slo_hit_share", prediction.slo_hit_share, 0, 1)
+    number(f"{field}.prediction.slo_violation_probability", prediction.slo_violation_probability, 0, 1)
+    number(f"{field}.action.variant.accuracy", candidate.action.variant.accuracy, 0, 1)
+    for part in ("p50_ms", "p95_ms", "log_sd", "cpu_ms_per_request", "service_ms", "batch"):
+        number(f"{field}.prediction.{part}", getattr(prediction, part), 0, 1e15)
+    for part in ("raw_a_ms", "raw_b_ms", "raw_cpu_ms"):
+        number(f"{field}.prediction.{part}", getattr(prediction, part), 0, 1e15)
+
+
+def _is_sound(prediction: Prediction, accuracy: float) -> bool:
+    """The same in one expression, for the usual case: nothing to complain about. NaN fails every comparison."""
+    try:
+        return (
+            -1e6 <= prediction.qoe <= 1e6
+            and 0 <= prediction.slo_hit_share <= 1
+            and 0 <= prediction.slo_violation_probability <= 1
+            and 0 <= accuracy <= 1
+            and 0 <= prediction.p50_ms <= 1e15
+            and 0 <= prediction.p95_ms <= 1e15
+            and 0 <= prediction.log_sd <= 1e15
+            and 0 <= prediction.cpu_ms_per_request <= 1e15
+            and 0 <= prediction.service_ms <= 1e15
+            and 0 <= prediction.batch <= 1e15
+            and 0 <= prediction.raw_a_ms <= 1e15
+            and 0 <= prediction.raw_b_ms <= 1e15
+            and 0 <= prediction.raw_cpu_ms <= 1e15
+        )
+    except TypeError:
+        return False
+
+
+def check_interaction(interaction: Interaction) -> None:
+    """Raise InvalidInput unless a learner may see the interaction: only what was chosen is looked at in
+    full."""
+    name("decision_id", interaction.decision_id)
+    check_context(interaction.context)
+    if isinstance(interaction.chosen, bool) or not isinstance(interaction.chosen, int):
+        raise InvalidInput("chosen", "must be an integer")
+    if not 0 <= interaction.chosen < len(interaction.candidates):
+        raise InvalidInput("chosen", f"must be an index into {len(interaction.candidates)} candidates")
+    number("propensity", interaction.propensity, 0, 1)
+    if interaction.propensity <= 0:
+        raise InvalidInput("propensity", "must be above 0")
+    number("reward", interaction.reward, 0, 1)
+    check_prediction(interaction.candidates[interaction.chosen], "candidates[chosen]")
+    check_measurement(interaction.measurement)

@@ -1,0 +1,286 @@
+"""What the latency model expects, and how leases correct it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from selector.actions import action_table
+from selector.calibration import Calibration, scopes_of
+from selector.errors import InvalidInput
+from selector.interactions import Context, Interaction, Measurement, Profile
+from selector.latency import LatencyModel, Predicted
+from selector.profiles import ProfileBook
+from tests.selector.builders import action, closed, context, grid, interaction, profiles, ranked, variant
+
+ACTIONS = grid()
+
+
+def predict(calibration: Calibration, situation: Context, some: tuple[Profile, ...] = profiles()) -> Predicted:
+    return LatencyModel(some, calibration).predict(situation, action_table(ACTIONS))
+
+
+def lease(calibration: Calibration, situation: Context, number: int, slow: float = 1.0, **changes: Any) -> Interaction:
+    """One closed lease of a device ``slow`` times slower than its profile; every action gets its turn."""
+    ranking = ranked(f"{situation.device}/{number}", context=situation, calibration=calibration, **changes)
+    raw = ranking.candidates[ranking.chosen].prediction
+    batch = raw.batch
+    measurement = Measurement(
+        requests=500,
+        service_ms=slow * (raw.raw_a_ms * batch + raw.raw_b_ms),
+        batch_mean=batch,
+        cpu_ms_per_request=raw.raw_cpu_ms * slow,
+    )
+    return closed(ranking, situation, measurement, 0.5, f"{situation.device}/{number}")
+
+
+def learn(calibration: Calibration, situation: Context, count: int, slow: float, **changes: Any) -> None:
+    for number in range(count):
+        calibration.update(lease(calibration, situation, number, slow, **changes))
+
+
+def error(calibration: Calibration, situation: Context, slow: float) -> float:
+    """Largest log error of the predicted service time over all actions."""
+    known, raw = predict(calibration, situation), predict(Calibration(), situation)
+    at_once = (known.service_ms / (known.raw_a_ms * known.batch + known.raw_b_ms)) / slow
+    assert raw.raw_a_ms.tolist() == known.raw_a_ms.tolist()
+    return float(np.abs(np.log(at_once)).max())
+
+
+def test_a_slow_device_is_known_after_a_few_leases() -> None:
+    calibration = Calibration()
+    learn(calibration, context(), 8, slow=2.0)
+    assert error(calibration, context(), 2.0) < 0.15
+    sure = predict(calibration, context()).log_sd
+    assert (sure < predict(Calibration(), context()).log_sd).all()
+
+
+def test_a_new_device_starts_from_its_class_and_others_hardly_change() -> None:
+    calibration = Calibration()
+    for device in range(12):
+        learn(calibration, context(device=f"slow-{device}"), 6, slow=1.6)
+        learn(calibration, context(device=f"plain-{device}", device_class="nuc"), 6, slow=1.0)
+    assert error(calibration, context(device="new"), 1.6) < 0.2
+    assert error(calibration, context(device="other", device_class="nuc"), 1.0) < 0.15
+
+
+def test_one_odd_lease_hardly_matters() -> None:
+    calibration = Calibration()
+    learn(calibration, context(), 10, slow=1.0)
+    calibration.update(lease(calibration, context(), 99, slow=50.0))
+    assert error(calibration, context(), 1.0) < 0.25
+
+
+@pytest.mark.parametrize("slow", [0.25, 2.0, 4.0])
+def test_a_lasting_change_is_known_after_three_leases(slow: float) -> None:
+    calibration = Calibration()
+    learn(calibration, context(), 40, slow=1.0)
+    for number in range(100, 103):
+        calibration.update(lease(calibration, context(), number, slow))
+    assert error(calibration, context(), slow) < 0.25
+
+
+def test_a_slow_variant_is_told_from_a_slow_device() -> None:
+    calibration = Calibration()
+    for number in range(60):
+        entry = lease(calibration, context(), number)
+        slow = 2.0 if entry.candidates[entry.chosen].action.variant.name == "variant-1" else 1.0
+        calibration.update(lease(calibration, context(), number, slow))
+    known = predict(calibration, context())
+    factor = known.service_ms / (known.raw_a_ms * known.batch + known.raw_b_ms)
+    names = np.array([each.variant.name for each in ACTIONS])
+    assert factor[names == "variant-1"].mean() / factor[names != "variant-1"].mean() > 1.5
+
+
+def test_a_throttled_tail_is_learnt_apart_from_the_service_time() -> None:
+    """A CPU quota: the median is right, p95 is five times what queueing says."""
+    calibration = Calibration()
+    before = predict(calibration, context())
+    for number in range(15):
+        entry = lease(calibration, context(), number)
+        throttled = entry.candidates[entry.chosen].prediction.raw_b_ms + 5 * 12.0
+        calibration.update(replace(entry, measurement=replace(entry.measurement, p95_ms=throttled)))
+    after = predict(calibration, context())
+    assert (after.p95_ms > 2 * before.p95_ms).all()
+    assert after.p50_ms == pytest.approx(before.p50_ms, rel=0.1)
+    assert (after.slo_violation_probability > before.slo_violation_probability).all()
+
+
+def test_cpu_time_is_learnt_apart_from_the_service_time() -> None:
+    calibration = Calibration()
+    for number in range(15):
+        entry = lease(calibration, context(), number)
+        raw = entry.candidates[entry.chosen].prediction.raw_cpu_ms
+        calibration.update(replace(entry, measurement=replace(entry.measurement, cpu_ms_per_request=3.0 * raw)))
+    after = predict(calibration, context())
+    assert (after.cpu_ms_per_request / after.raw_cpu_ms).tolist() == pytest.approx([3.0] * len(ACTIONS), rel=0.2)
+    assert error(calibration, context(), 1.0) < 0.1
+
+
+def test_a_median_alone_calibrates_too() -> None:
+    calibration = Calibration()
+    truth = predict(Calibration(), context(), profiles(factor=2.0))
+    for number in range(25):
+        entry = lease(calibration, context(), number)
+        p50_ms = float(truth.p50_ms[ACTIONS.index(entry.candidates[entry.chosen].action)])
+        calibration.update(replace(entry, measurement=Measurement(requests=500, p50_ms=p50_ms)))
+    assert predict(calibration, context()).p50_ms == pytest.approx(truth.p50_ms, rel=0.25)
+
+
+def test_predictions_of_an_older_revision_teach_the_same() -> None:
+    """Two leases decided before either was learnt: the second is not counted as a new surprise."""
+    calibration, situation = Calibration(), context()
+    stale = [lease(Calibration(), situation, number, slow=2.0) for number in range(10)]
+    for entry in stale:
+        calibration.update(entry)
+    assert error(calibration, situation, 2.0) < 0.15
+
+
+def test_rows_carry_the_whole_state_through_json() -> None:
+    straight, restarted = Calibration(), Calibration()
+    for number in range(30):
+        situation = context(device=f"device-{number % 3}")
+        entry = lease(Calibration(), situation, number, slow=1.0 + number % 3)
+        changed = straight.update(entry)
+        assert changed == set(scopes_of(situation))
+        restarted = Calibration.from_rows(json.loads(json.dumps(restarted.rows())))
+        restarted.update(entry)
+    assert restarted.rows() == straight.rows()
+    assert straight.revisions(context(device="device-1")) == {"fleet": 30, "class:pi4": 30, "device:device-1": 10}
+    one, other = predict(straight, context()), predict(restarted, context())
+    assert one.p95_ms.tolist() == other.p95_ms.tolist()
+
+
+def test_rows_are_copies_and_unknown_scopes_are_new() -> None:
+    calibration = Calibration()
+    learn(calibration, context(), 2, 1.5)
+    calibration.rows()["fleet"]["service"].clear()
+    assert calibration.rows()["fleet"]["service"]
+    assert calibration.rows(["device:never"]) == {"device:never": {"revision": 0}}
+
+
+def test_only_the_rows_of_the_context_are_needed_to_predict() -> None:
+    calibration = Calibration()
+    learn(calibration, context(), 5, 2.0)
+    learn(calibration, context(device="other"), 5, 0.5)
+    some = Calibration.from_rows(calibration.rows(scopes_of(context())))
+    assert predict(some, context()).p95_ms.tolist() == predict(calibration, context()).p95_ms.tolist()
+
+
+def test_offsets_of_a_borrowed_profile_end_when_the_device_measures_itself() -> None:
+    calibration = Calibration()
+    learn(calibration, context(), 15, slow=3.0, profiles=profiles(source="server"))
+    borrowed = predict(calibration, context(), profiles(source="server"))
+    assert np.median(borrowed.service_ms / predict(Calibration(), context()).service_ms) == pytest.approx(3.0, rel=0.25)
+    own = predict(calibration, context(), profiles(source="server") + profiles(factor=3.0))
+    truth = predict(Calibration(), context(), profiles(factor=3.0))
+    assert own.service_ms == pytest.approx(truth.service_ms, rel=0.2)
+
+
+NOTHING = [
+    {"measurement": Measurement(requests=0, service_ms=10.0)},
+    {"measurement": Measurement(requests=10)},
+    {"candidates": interaction().candidates},
+]
+
+
+@pytest.mark.parametrize("changes", NOTHING)
+def test_nothing_to_compare_changes_nothing(changes: dict[str, Any]) -> None:
+    calibration = Calibration()
+    entry = replace(replace(lease(calibration, context(), 1), chosen=0), **changes)
+    assert calibration.update(entry) == set()
+    assert calibration.rows() == {}
+
+
+@pytest.mark.parametrize("field", ["service_ms", "p95_ms", "cpu_ms_per_request"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_a_bad_measurement_changes_nothing(field: str, bad: Any) -> None:
+    calibration = Calibration()
+    learn(calibration, context(), 2, 1.0)
+    before = calibration.rows()
+    entry = lease(calibration, context(), 9)
+    with pytest.raises(InvalidInput, match=field):
+        calibration.update(replace(entry, measurement=Measurement(**{"requests": 5, field: bad})))
+    assert calibration.rows() == before
+
+
+def test_absurd_but_valid_measurements_leave_finite_predictions() -> None:
+    calibration = Calibration()
+    for number in range(40):
+        entry = lease(calibration, context(), number)
+        wild = 1e-9 if number % 2 else 1e12
+        measured = Measurement(requests=10**9, service_ms=wild, p95_ms=wild, cpu_ms_per_request=wild)
+        calibration.update(replace(entry, measurement=measured))
+    known = predict(calibration, context())
+    assert np.isfinite(known.p95_ms).all()
+    assert np.isfinite(known.log_sd).all()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"nowhere": {"revision": 1}},
+        {"fleet": {"revision": -1}},
+        {"fleet": {"revision": 1, "service": {"overall:own": [math.nan, 0.1]}}},
+        {"fleet": {"revision": 1, "service": {"overall:own": [0.1]}}},
+        {"fleet": {"revision": 1, "service": {"overall:own": [0.1, -1.0]}}},
+        {"fleet": {"revision": 1, "service": "x"}},
+        {"fleet": 3},
+    ],
+)
+def test_damaged_rows_are_refused(rows: Mapping[str, Any]) -> None:
+    with pytest.raises(InvalidInput):
+        Calibration.from_rows(rows)
+
+
+def one_ms(some: tuple[Profile, ...], threads: int = 1) -> tuple[float, float, str]:
+    time = ProfileBook(some).service_times([variant(0)], [(0, threads)], cores=4)[0]
+    return time.a_ms + time.b_ms, time.log_sd, time.source
+
+
+def test_unmeasured_pairs_borrow_from_the_nearest_measurement_and_are_less_sure() -> None:
+    own, other = Profile(variant(0).digest, 1, 8.0, 2.0), Profile(variant(1).digest, 1, 4.0, 2.0)
+    server = replace(own, a_ms=2.0, b_ms=0.5, source="server"), replace(other, a_ms=1.0, b_ms=0.5, source="server")
+    assert one_ms((own, *server)) == (10.0, 0.05, "device")
+    threaded, sd, source = one_ms((own, *server), threads=4)
+    assert (source, sd > 0.05, 2.5 < threaded < 10.0) == ("device_scaled", True, True)
+    borrowed, sd, source = one_ms((other, *server))
+    assert source == "server"
+    assert borrowed == pytest.approx(2.5 * 4.0)
+    assert sd < one_ms(server)[1] < one_ms(())[1]
+    assert one_ms(server)[0] == 2.5
+    assert one_ms((replace(own, source="class"), *server))[2] == "class"
+
+
+def test_an_unmeasured_variant_is_guessed_from_its_size_at_the_speed_of_the_others() -> None:
+    slow = ProfileBook(profiles(2, factor=10.0)).service_times([variant(0), variant(5)], [(1, 1)], cores=4)[0]
+    fast = ProfileBook(profiles(2)).service_times([variant(0), variant(5)], [(1, 1)], cores=4)[0]
+    assert (slow.source, fast.source) == ("size", "size")
+    assert slow.a_ms == pytest.approx(10 * fast.a_ms)
+
+
+def test_competing_load_and_too_many_threads_slow_every_run_down() -> None:
+    some = (action(0), action(0, concurrency=4))
+    quiet = LatencyModel(profiles()).predict(context(), action_table(some))
+    crowded = LatencyModel(profiles()).predict(context(cpu_load_share=1.0), action_table(some))
+    assert (crowded.service_ms > quiet.service_ms).all()
+    busy = LatencyModel(profiles()).predict(context(cores=1, arrival_rate_rps=300.0), action_table(some))
+    assert busy.raw_b_ms[1] > 2 * busy.raw_b_ms[0]
+
+
+@pytest.mark.parametrize("quantity", ["service_ms", "p50_ms", "p95_ms", "cpu_ms_per_request"])
+@pytest.mark.parametrize("value", [5e-324, 1e-300, 9e-7])
+def test_a_time_too_short_to_be_one_was_not_measured(quantity: str, value: float) -> None:
+    calibration = Calibration()
+    ranking = ranked(context=context(arrival_rate_rps=1.0))
+    sent: dict[str, Any] = {quantity: value}
+    measurement = replace(Measurement(requests=500), **sent)
+    absurd = closed(ranking, context(arrival_rate_rps=1.0), measurement, 0.5, "decision-1")
+    assert calibration.update(absurd) == set()
+    assert calibration.rows() == {}
