@@ -1,0 +1,201 @@
+"""The command ``qoe-agent``: reads settings, puts the parts together, and says plainly what went wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from device_agents.agent import Agent, agent_version
+from device_agents.config import AgentConfig, load_config
+from device_agents.errors import AgentError, BadConfiguration
+from device_agents.inspection import examine, status
+from device_agents.listening import QuietServer, bind
+from device_agents.server import InferenceServer
+from device_agents.standalone import load, profile
+
+logger = logging.getLogger("qoe_agent")
+
+FLAGS = (
+    ("--service-url", "service_url", str),
+    ("--token", "token", str),
+    ("--name", "name", str),
+    ("--device-class", "device_class", str),
+    ("--state-dir", "state_dir", Path),
+    ("--host", "host", str),
+    ("--port", "port", int),
+    ("--ca-bundle", "ca_bundle", str),
+    ("--cpu-quota-emulated", "cpu_quota_emulated", float),
+    ("--log-level", "log_level", str),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status is 0, or 1 with one line on standard error."""
+    options = parser().parse_args(arguments)
+    try:
+        config = _config(options)
+        _log_to_stderr(config)
+        return int(options.command(config, options))
+    except AgentError as error:
+        _say(f"qoe-agent: {error}", to_error=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="qoe-agent",
+        description="Runs the model that the service chose for this device, and tells the service how it does.",
+        epilog="Every setting can also stand in a TOML file (--config) or in a variable QOE_AGENT_<SETTING>.",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _command(commands, "run", _run, "serve and follow the service; enrols first when given a token")
+    _command(commands, "enrol", _enrol, "trade an enrolment token for this device's credential, and end")
+    serve = _command(commands, "serve", _serve, "serve one ONNX file without any service")
+    serve.add_argument("--model", required=True, type=Path, metavar="FILE", help="the ONNX file")
+    serve.add_argument("--model-name", default="", help="its name in the address; default: the file's name")
+    serve.add_argument("--max-batch", type=int, default=8, help="largest batch (default 8)")
+    serve.add_argument("--concurrency", type=int, default=1, help="runs at once (default 1)")
+    serve.add_argument("--threads", type=int, default=1, help="threads per run (default 1)")
+    measure = _command(commands, "profile", _profile, "measure one ONNX file on this device")
+    measure.add_argument("file", type=Path, metavar="FILE")
+    measure.add_argument("--threads", type=int, default=1, help="threads per run (default 1)")
+    measure.add_argument("--json", action="store_true", help="print one line of JSON")
+    look = _command(commands, "status", _status, "what the agent of this state folder does")
+    look.add_argument("--json", action="store_true", help="print one line of JSON")
+    _command(commands, "doctor", _doctor, "check what the agent needs, and say what to mend")
+    return top
+
+
+def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=help_text)
+    command.set_defaults(command=run)
+    command.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
+    for flag, setting, kind in FLAGS:
+        command.add_argument(flag, dest=setting, type=kind, help=AgentConfig.model_fields[setting].description)
+    command.add_argument("--label", action="append", metavar="KEY=VALUE", help="a label; may be repeated")
+    command.add_argument("--allow-plaintext", action="store_true", default=None, help="allow http:// elsewhere")
+    return command
+
+
+def _config(options: argparse.Namespace) -> AgentConfig:
+    settings = [setting for _, setting, _ in FLAGS]
+    flags = {setting: getattr(options, setting) for setting in settings}
+    flags |= {"allow_plaintext": options.allow_plaintext, "labels": ",".join(options.label) if options.label else None}
+    path = options.config or (Path(named) if (named := os.environ.get("QOE_AGENT_CONFIG")) else None)
+    return load_config(path=path, environment=os.environ, flags=flags)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def _run(config: AgentConfig, _: argparse.Namespace) -> int:
+    with bind(config.host, config.port) as listener, Agent(config) as agent:
+        agent.serving_url = _address(listener.getsockname())
+        agent.boot()
+        if not agent.is_enrolled and not agent.executors:
+            agent.enrol_until_done()  # with nothing to serve yet, there is nothing else to do
+        app = InferenceServer(
+            agent.executors,
+            version=agent_version(),
+            body_limit_bytes=config.body_limit_bytes,
+            accept_feedback=agent.accept_feedback,
+        )
+        server = QuietServer(app, sockets=[listener])
+        agent.store.save_status({"pid": os.getpid(), "serving_url": agent.serving_url, "started_at": time.time()})
+        if agent.is_enrolled:
+            agent.start()
+        else:
+            agent.start_once_enrolled()
+        logger.info("serving url=%s device=%s", agent.serving_url, config.name)
+        server.serve_until_stopped()
+    return 0
+
+
+def _enrol(config: AgentConfig, _: argparse.Namespace) -> int:
+    with Agent(config) as agent:
+        if agent.is_enrolled:
+            raise BadConfiguration(f"already enrolled; remove {config.state_dir}/identity.json to enrol anew")
+        _say(f"enrolled as {agent.enrol().device_id}")
+    return 0
+
+
+def _serve(config: AgentConfig, options: argparse.Namespace) -> int:
+    name = options.model_name or options.model.stem
+    executor = load(
+        options.model,
+        model_name=name,
+        config=config,
+        max_batch=options.max_batch,
+        max_concurrency=options.concurrency,
+        threads=options.threads,
+    )
+    with bind(config.host, config.port) as listener:
+        app = InferenceServer({name: executor}, version=agent_version(), body_limit_bytes=config.body_limit_bytes)
+        server = QuietServer(app, sockets=[listener])
+        _say(f"serving {name} at {_address(listener.getsockname())}/v2/models/{name}")
+        server.serve_until_stopped()
+    executor.close()
+    return 0
+
+
+def _profile(config: AgentConfig, options: argparse.Namespace) -> int:
+    report = profile(options.file, threads=options.threads, config=config)
+    if options.json:
+        _say(report.model_dump_json())
+        return 0
+    _say(f"{options.file.name}: n rows take {report.a_ms:.3f} ms * n + {report.b_ms:.3f} ms, r2 {report.r2:.3f}")
+    _say(f"threads {report.threads}, load {report.load_ms:.0f} ms, memory {report.memory_bytes / 2**20:.1f} MiB")
+    _say(f"CPU {report.cpu_ms_per_row:.3f} ms per row, sha256 {report.digest}")
+    return 0
+
+
+def _status(config: AgentConfig, options: argparse.Namespace) -> int:
+    found = status(config)
+    if options.json:
+        _say(json.dumps(found))
+        return 0
+    for key, value in found.items():
+        _say(f"{key}: {json.dumps(value) if isinstance(value, dict | list) else value}")
+    return 0
+
+
+def _doctor(config: AgentConfig, _: argparse.Namespace) -> int:
+    findings = examine(config)
+    for finding in findings:
+        _say(f"{'ok  ' if finding.is_ok else 'MEND'} {finding.what}: {finding.detail}")
+    return 0 if all(finding.is_ok for finding in findings) else 1
+
+
+# -- plumbing ----------------------------------------------------------------------------------------------------------
+
+
+def _address(name: Any) -> str:
+    host, port = name[0], name[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _log_to_stderr(config: AgentConfig) -> None:
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    for noisy in ("httpx", "httpcore", "uvicorn"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _say(text: str, *, to_error: bool = False) -> None:
+    (sys.stderr if to_error else sys.stdout).write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

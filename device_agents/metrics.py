@@ -1,0 +1,105 @@
+"""What a model has done so far, as Triton's statistics JSON and as Prometheus text with Triton's names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import psutil
+
+from device_agents.executor import Executor
+from device_agents.statistics import Duration
+
+ZERO = Duration()
+Row = tuple[str, float]
+
+
+def model_statistics(executor: Executor) -> dict[str, Any]:
+    """One entry of the statistics extension."""
+    statistics = executor.statistics
+    with statistics.lock:
+        failed = Duration(count=statistics.failures.total())
+        return {
+            "name": executor.model_name,
+            "version": "1",
+            "last_inference": statistics.last_inference_ms,
+            "inference_count": statistics.inferences,
+            "execution_count": statistics.runs,
+            "inference_stats": {
+                "success": _pair(statistics.success),
+                "fail": _pair(failed),
+                "queue": _pair(statistics.queue),
+                "compute_input": _pair(ZERO),
+                "compute_infer": _pair(statistics.infer),
+                "compute_output": _pair(ZERO),
+            },
+            "batch_stats": [
+                {
+                    "batch_size": size,
+                    "compute_input": _pair(ZERO),
+                    "compute_infer": _pair(duration),
+                    "compute_output": _pair(ZERO),
+                }
+                for size, duration in sorted(statistics.batches.items())
+            ],
+        }
+
+
+def prometheus_text(executors: Sequence[Executor]) -> str:
+    """All metrics in the text format 0.0.4."""
+    counters: dict[str, list[Row]] = {}
+    for executor in executors:
+        for name, labels, value in _counters(executor):
+            counters.setdefault(name, []).append((labels, value))
+    gauges: dict[str, list[Row]] = {
+        "nv_inference_pending_request_count": [(_labels(e), float(e.pending)) for e in executors],
+        "qoe_model_ready": [(_labels(e), float(e.served is not None)) for e in executors],
+        "qoe_arrival_rate_rps": [(_labels(e), e.arrival_rate_rps()) for e in executors],
+        "qoe_lease_active_seconds": [(_labels(e), _lease_s(e)) for e in executors],
+        "process_resident_memory_bytes": [("", float(psutil.Process().memory_info().rss))],
+        "process_cpu_seconds_total": [("", time.process_time())],
+    }
+    lines = [*_lines("counter", counters), *_lines("gauge", gauges)]
+    return "\n".join(lines) + "\n"
+
+
+def _counters(executor: Executor) -> list[tuple[str, str, float]]:
+    statistics, labels = executor.statistics, _labels(executor)
+    with statistics.lock:
+        rows: list[tuple[str, str, float]] = [
+            ("nv_inference_request_success", labels, statistics.success.count),
+            ("nv_inference_count", labels, statistics.inferences),
+            ("nv_inference_exec_count", labels, statistics.runs),
+            ("nv_inference_request_duration_us", labels, statistics.success.ns / 1000),
+            ("nv_inference_queue_duration_us", labels, statistics.queue.ns / 1000),
+            ("nv_inference_compute_infer_duration_us", labels, statistics.infer.ns / 1000),
+            ("qoe_inference_cpu_seconds_total", labels, statistics.cpu_ms / 1000),
+        ]
+        for reason in ("REJECTED", "BACKEND"):
+            failed = f'{labels[:-1]},reason="{reason}"}}'
+            rows.append(("nv_inference_request_failure", failed, statistics.failures[reason]))
+        for size, duration in sorted(statistics.batches.items()):
+            rows.append(("qoe_batch_runs_total", f'{labels[:-1]},batch_size="{size}"}}', duration.count))
+    return rows
+
+
+def _lease_s(executor: Executor) -> float:
+    served = executor.served
+    return served.account.active_s(time.monotonic()) if served else 0.0
+
+
+def _labels(executor: Executor) -> str:
+    # Model names are wire Names: letters, digits, dot, dash and underscore, so nothing needs escaping.
+    return f'{{model="{executor.model_name}",version="1"}}'
+
+
+def _lines(kind: str, families: dict[str, list[Row]]) -> Iterable[str]:
+    for name, rows in families.items():
+        yield f"# TYPE {name} {kind}"
+        for labels, value in rows:
+            yield f"{name}{labels} {value:.10g}"
+
+
+def _pair(duration: Duration) -> dict[str, int]:
+    return {"count": duration.count, "ns": duration.ns}

@@ -1,0 +1,177 @@
+"""Measures a variant on this device: a run of n rows takes a*n + b. The fit is for ``selector.latency`` to consume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from device_agents.errors import AttemptFailed, RunFailed
+from device_agents.runtime import Array, EmulatedQuota, Session, Tensor
+from device_agents.wire import Outcome, ProfileReport
+
+BATCH_SIZES = (1, 2, 4, 8, 16)
+OPEN_SIZE = 1
+RUNS_PER_SIZE = 7
+LONGEST_MS = 3_600_000.0
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """Service time in milliseconds: ``a_ms * rows + b_ms``; both at least zero."""
+
+    a_ms: float
+    b_ms: float
+    r2: float
+
+    def predict_ms(self, rows: int) -> float:
+        """Expected time of one run."""
+        return self.a_ms * rows + self.b_ms
+
+
+def fit(points: Sequence[tuple[int, float]]) -> LinearFit:
+    """Least squares over (rows, milliseconds), weighted so that relative errors count; neither part below zero.
+
+    >>> fit([(1, 3.0), (4, 9.0), (8, 17.0)])
+    LinearFit(a_ms=2.0, b_ms=1.0, r2=1.0)
+    >>> fit([(1, 3.0)])
+    LinearFit(a_ms=3.0, b_ms=0.0, r2=1.0)
+    """
+    rows = np.array([size for size, _ in points], dtype=float)
+    took = np.array([milliseconds for _, milliseconds in points], dtype=float)
+    weights = 1.0 / np.maximum(took, 1e-6)
+    if len(set(rows)) < 2:
+        return LinearFit(a_ms=round(float(np.mean(took / rows)), 6), b_ms=0.0, r2=1.0)
+    design = np.stack([rows, np.ones_like(rows)], axis=1)
+    a_ms, b_ms = np.linalg.lstsq(design * weights[:, None], took * weights, rcond=None)[0]
+    if b_ms < 0:
+        a_ms, b_ms = np.average(took / rows, weights=weights * rows), 0.0
+    if a_ms < 0:
+        a_ms, b_ms = 0.0, np.average(took, weights=weights)
+    spread = float(np.sum((took - took.mean()) ** 2))
+    missed = float(np.sum((took - a_ms * rows - b_ms) ** 2))
+    r2 = 1.0 - missed / spread if spread > 0 else 1.0
+    return LinearFit(a_ms=round(float(a_ms), 6), b_ms=round(float(b_ms), 6), r2=round(r2, 6))
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """A session that has run, and what was measured; ``profile`` is None where an earlier one stands."""
+
+    session: Session
+    profile: ProfileReport | None
+
+
+def warm_up(
+    path: Path,
+    *,
+    digest: str,
+    threads: int,
+    max_batch: int,
+    budget_s: float,
+    known: ProfileReport | None = None,
+    must_match: Session | None = None,
+    quota: EmulatedQuota | None = None,
+) -> Warmed:
+    """Loads a variant beside whatever runs, tries it, and measures it unless ``known`` says it was.
+
+    Runs a batch of 1 and the largest batch (or the largest that fits the budget, on a slow device), checks that
+    outputs are sane and of the promised shape, and that callers of ``must_match`` can use it unchanged. Raises
+    AttemptFailed(incompatible) otherwise.
+    """
+    memory_before = psutil.Process().memory_info().rss
+    session = Session(path, threads=threads, quota=quota)
+    if must_match is not None and not _can_replace(session, must_match):
+        raise AttemptFailed("its inputs or outputs differ from the running model's", outcome=Outcome.INCOMPATIBLE)
+    first_ms, _ = _try(session, 1)
+    largest = max_batch if session.is_batchable else 1
+    affordable = max(1, min(largest, int(budget_s * 1000 / max(first_ms, 1e-3))))
+    _try(session, affordable)
+    if known is not None:
+        return Warmed(session=session, profile=None)
+    points, cpu_ms_per_row = _measure(session, budget_s=budget_s)
+    line = fit(points)
+    profile = ProfileReport(
+        digest=digest,
+        threads=threads,
+        a_ms=min(line.a_ms, LONGEST_MS),
+        b_ms=min(line.b_ms, LONGEST_MS),
+        r2=line.r2,
+        load_ms=min(session.load_ms, LONGEST_MS),
+        memory_bytes=max(psutil.Process().memory_info().rss - memory_before, path.stat().st_size),
+        cpu_ms_per_row=min(cpu_ms_per_row, LONGEST_MS),
+    )
+    return Warmed(session=session, profile=profile)
+
+
+def sample_inputs(session: Session, rows: int) -> dict[str, Array]:
+    """Deterministic inputs of ``rows`` rows: small random numbers, zeros for integers, empty strings."""
+    return {tensor.name: _sample(tensor, rows) for tensor in session.inputs}
+
+
+def _can_replace(session: Session, running: Session) -> bool:
+    """Same inputs and outputs by name, type and rank; an open size may replace a fixed one, not the reverse."""
+    return all(
+        new.name == old.name
+        and new.datatype == old.datatype
+        and len(new.shape) == len(old.shape)
+        and all(n in (-1, o) for n, o in zip(new.shape, old.shape, strict=True))
+        for news, olds in zip(session.signature, running.signature, strict=True)
+        if len(news) == len(olds)
+        for new, old in zip(news, olds, strict=True)
+    ) and [len(side) for side in session.signature] == [len(side) for side in running.signature]
+
+
+def _try(session: Session, rows: int) -> tuple[float, float]:
+    """Runs once and checks the answer; wall and CPU milliseconds."""
+    try:
+        outputs, cost = session.run(sample_inputs(session, rows))
+    except RunFailed as error:
+        raise AttemptFailed(f"fails on a batch of {rows}: {error.reason}", outcome=Outcome.INCOMPATIBLE) from error
+    for name, array in outputs.items():
+        if session.is_batchable and array.shape[0] != rows:
+            reason = f"output {name} has {array.shape[0]} rows for a batch of {rows}"
+            raise AttemptFailed(reason, outcome=Outcome.INCOMPATIBLE)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise AttemptFailed(f"output {name} is not finite", outcome=Outcome.INCOMPATIBLE)
+    return cost.service_ms, cost.cpu_ms
+
+
+def _measure(session: Session, *, budget_s: float) -> tuple[list[tuple[int, float]], float]:
+    """Lower quartile of run times per batch size, within the budget; sizes that would not fit are left out.
+
+    A neighbour that takes the core for a moment is not the model's cost, so slow runs count for little.
+    """
+    sizes = BATCH_SIZES if session.is_batchable else (1,)
+    ends_s = time.monotonic() + budget_s
+    points: list[tuple[int, float]] = []
+    cpu_ms_per_row: list[float] = []
+    for index, size in enumerate(sizes):
+        share_ends_s = time.monotonic() + max(0.0, ends_s - time.monotonic()) / (len(sizes) - index)
+        expected_s = points[-1][1] * size / points[-1][0] / 1000 if points else 0.0
+        if time.monotonic() + expected_s > ends_s and len(points) >= 2:
+            break
+        took: list[float] = []
+        while not took or (len(took) < RUNS_PER_SIZE and time.monotonic() + took[-1] / 1000 < share_ends_s):
+            service_ms, cpu_ms = _try(session, size)
+            took.append(service_ms)
+            cpu_ms_per_row.append(cpu_ms / size)
+        points.append((size, float(np.quantile(took, 0.25))))
+    return points, float(np.median(cpu_ms_per_row))
+
+
+def _sample(tensor: Tensor, rows: int) -> Array:
+    sizes = [OPEN_SIZE if size < 0 else size for size in tensor.shape]
+    if tensor.shape[:1] == (-1,):
+        sizes[0] = rows
+    if tensor.dtype.kind == "f":
+        count = math.prod(sizes)
+        return np.random.default_rng(0).standard_normal(count).astype(tensor.dtype).reshape(sizes)
+    if tensor.dtype.kind == "O":
+        return np.full(sizes, "", dtype=object)
+    return np.zeros(sizes, dtype=tensor.dtype)

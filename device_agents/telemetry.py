@@ -1,0 +1,151 @@
+"""What the device is and how it feels, as far as its operating system tells; None where it does not."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from device_agents.runtime import runtime_version
+from device_agents.wire import Hardware, Telemetry
+
+# /proc/cpuinfo's words, and what the catalogue calls these instruction sets.
+ISA_FLAGS: Mapping[str, str] = {
+    "sse4_2": "sse42",
+    "avx2": "avx2",
+    "avx512f": "avx512",
+    "avx512_vnni": "vnni",
+    "avx_vnni": "vnni",
+    "avx512_bf16": "bf16",
+    "amx_int8": "amx",
+    "asimd": "neon",
+    "asimddp": "neon-dot",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+    "sve": "sve",
+}
+
+Network = Literal["ethernet", "wifi", "metered", "offline", "unknown"]
+
+
+def hardware(root: Path = Path("/")) -> Hardware:
+    """What this device is made of. ``root`` is where /proc and /sys are."""
+    cpuinfo = _text(root / "proc/cpuinfo")
+    return Hardware(
+        architecture=platform.machine(),
+        cpu_model=_cpu_model(cpuinfo),
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=psutil.virtual_memory().total,
+        isa=isa(cpuinfo),
+        runtime_version=runtime_version(),
+        cpu_quota_cores=cpu_quota_cores(root),
+    )
+
+
+def isa(cpuinfo: str) -> tuple[str, ...]:
+    """The instruction sets that matter to variants, from the text of /proc/cpuinfo.
+
+    >>> isa("flags : fpu avx2 avx512f avx512_vnni")
+    ('avx2', 'avx512', 'vnni')
+    >>> isa("Features : fp asimd asimddp i8mm")
+    ('i8mm', 'neon', 'neon-dot')
+    """
+    for line in cpuinfo.splitlines():
+        key, _, flags = line.partition(":")
+        if key.strip().lower() in {"flags", "features"}:
+            return tuple(sorted({ISA_FLAGS[flag] for flag in flags.split() if flag in ISA_FLAGS}))
+    return ()
+
+
+def cpu_quota_cores(root: Path = Path("/")) -> float | None:
+    """The CPU quota of this process's cgroup, in cores; None without one. Knows cgroup version 2 and 1."""
+    quotas = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        relative = path.lstrip("/")
+        if not controllers:
+            quotas.append(_quota(_text(root / "sys/fs/cgroup" / relative / "cpu.max").split()))
+        elif "cpu" in controllers.split(","):
+            folder = root / "sys/fs/cgroup/cpu" / relative
+            quotas.append(_quota([_text(folder / f"cpu.cfs_{part}_us").strip() for part in ("quota", "period")]))
+    known = [quota for quota in quotas if quota is not None]
+    return min(known) if known else None
+
+
+class TelemetryReader:
+    """Reads telemetry; loads are those since the last reading, so each reader belongs to one loop."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._process = psutil.Process()
+        self._last = self._cpu_seconds()
+        self._throttles = self._throttle_count()
+
+    def read(self) -> Telemetry:
+        """The device now."""
+        battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+        throttles, self._throttles = self._throttles, self._throttle_count()
+        return Telemetry(
+            cpu_load_share=self._load_of_others(),
+            memory_free_bytes=psutil.virtual_memory().available,
+            temperature_c=_temperature(),
+            throttled=self._throttles > throttles,
+            battery_share=min(1.0, max(0.0, battery.percent / 100)) if battery else None,
+            charging=battery.power_plugged if battery else None,
+            network=network(self._root),
+        )
+
+    def _load_of_others(self) -> float:
+        last, self._last = self._last, self._cpu_seconds()
+        total, busy, own = (now - before for now, before in zip(self._last, last, strict=True))
+        return round(min(1.0, max(0.0, (busy - own) / total)), 4) if total > 0 else 0.0
+
+    def _cpu_seconds(self) -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        total = float(sum(times[:8]))  # guest time, behind these eight, is counted in user time already
+        own = self._process.cpu_times()
+        return total, total - times.idle - getattr(times, "iowait", 0.0), own.user + own.system
+
+    def _throttle_count(self) -> int:
+        counts = self._root.glob("sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
+        return sum(int(_text(path).strip() or 0) for path in counts)
+
+
+def network(root: Path = Path("/")) -> Network:
+    """How the device is connected, by its interface with the default route."""
+    for line in _text(root / "proc/net/route").splitlines()[1:]:
+        interface, destination, *_ = line.split()
+        if destination == "00000000":
+            return "wifi" if (root / "sys/class/net" / interface / "wireless").exists() else "ethernet"
+    return "unknown"
+
+
+def _temperature() -> float | None:
+    sensors = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    readings = [sensor.current for group in sensors.values() for sensor in group if -100 <= sensor.current <= 300]
+    return max(readings, default=None)
+
+
+def _cpu_model(cpuinfo: str) -> str:
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip().lower() in {"model name", "hardware", "model"} and not value.strip().isdigit():
+            return value.strip()[:256]
+    return platform.processor()[:256]
+
+
+def _quota(words: list[str]) -> float | None:
+    if len(words) != 2 or not all(word.isdigit() for word in words) or not int(words[1]):
+        return None
+    return int(words[0]) / int(words[1]) or None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,169 @@
+"""The command qoe-agent, as a person or a supervisor runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from device_agents.__main__ import main
+from device_agents.executor import check_inputs
+from device_agents.inference_protocol import decode_request
+from device_agents.listening import bind
+from device_agents.runtime import Session
+from device_agents.store import Record, Store
+from device_agents.wire import UpdateState
+from tests.device_agents.fake_service import desired
+from tests.device_agents.models import Model, scaling
+from tests.device_agents.serving import client_of
+
+ROOT = Path(__file__).parents[2]
+BODY = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+
+
+@pytest.fixture(autouse=True)
+def _own_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QOE_AGENT_STATE_DIR", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    return scaling(2).write(tmp_path / "twice.onnx")
+
+
+def test_profile_prints_one_line_of_json(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", str(model_file), "--json"]) == 0
+    profile = json.loads(capsys.readouterr().out)
+    assert profile["digest"] == scaling(2).digest
+    assert profile["threads"] == 1
+    assert profile["a_ms"] >= 0
+
+
+def test_profile_can_be_read_by_a_person(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", str(model_file)]) == 0
+    assert "n rows take" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["profile", "nowhere.onnx"], "no file"),
+        (["run"], "must begin with https://"),
+        (["run", "--service-url", "http://qoe.example.org"], "--allow-plaintext"),
+        (["run", "--service-url", "http://127.0.0.1:9"], "--token"),
+        (["run", "--port", "99999"], "port"),
+        (["status", "--config", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("qoe-agent: ")
+    assert says in error
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", str(Model(b"junk").write(tmp_path / "junk.onnx"))]) == 1
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_status_tells_of_a_fresh_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["device_id"] is None
+    assert status["running"] is False
+    assert status["applications"] == []
+
+
+def test_doctor_says_what_to_mend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--service-url", "http://127.0.0.1:9"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ok   python") for line in lines)
+    assert any(line.startswith("MEND service") for line in lines)
+    assert any(line.startswith("MEND credential") and "--token" in line for line in lines)
+
+
+@pytest.fixture
+def serving(model_file: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """The stand-alone server as a process of its own."""
+    arguments = [sys.executable, "-m", "device_agents", "serve", "--model", str(model_file), "--port", "0"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    with client_of(line.split(" at ")[1].split("/v2")[0]) as client:
+        yield process, client
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_file_is_served_without_a_service_and_stops_cleanly_on_a_signal(
+    serving: tuple[subprocess.Popen[str], httpx.Client],
+) -> None:
+    process, client = serving
+    reply = client.post("/v2/models/twice/infer", json=BODY)
+    assert reply.json()["outputs"][0]["data"] == [2, 4, 6, 8]
+    assert "X-Decision-Id" not in reply.headers
+    assert client.post("/feedback", json={"decision_id": "d", "rating": 1}).status_code == 404
+    started_s = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    assert time.monotonic() - started_s < 5
+
+
+def test_a_restarted_device_serves_before_it_can_enrol(tmp_path: Path) -> None:
+    model = scaling(2)
+    store = Store(tmp_path / "state", disk_budget_bytes=10**6)
+    model.write(store.artifact(model.digest))
+    record = Record(
+        application="digits", model_name="digits", state=UpdateState.COMMITTED, committed=desired(model, "d1")
+    )
+    store.save_record(record)
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    listener.close()
+    arguments = [
+        sys.executable,
+        "-m",
+        "device_agents",
+        "run",
+        "--service-url",
+        "http://127.0.0.1:9",
+        "--port",
+        str(port),
+    ]
+    process = subprocess.Popen([*arguments, "--token", "a-token-of-some-length"], stderr=subprocess.DEVNULL)
+    try:
+        with client_of(f"http://127.0.0.1:{port}") as client:
+            assert _first_answer(client)["outputs"][0]["data"] == [2, 4, 6, 8]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _first_answer(client: httpx.Client) -> Any:
+    for _ in range(200):
+        with contextlib.suppress(httpx.ConnectError):
+            return client.post("/v2/models/digits/infer", json=BODY).raise_for_status().json()
+        time.sleep(0.1)
+    raise AssertionError("the agent does not serve")
+
+
+def test_the_example_of_the_readme_fits_the_demo_s_model() -> None:
+    readme = (ROOT / "device_agents" / "README.md").read_text()
+    (program,) = re.findall(r"python3 -c '(.+)' \|", readme)
+    body = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout
+    session = Session(ROOT / "demo" / "models" / "digits-small.onnx", threads=1)
+    request = decode_request(body, json_size=None, inputs=session.inputs)
+    assert check_inputs(request.inputs, session) == 1

@@ -1,0 +1,81 @@
+"""Warm-up and the fit of a*n + b."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from device_agents.errors import AttemptFailed
+from device_agents.profiler import fit, warm_up
+from device_agents.runtime import Session
+from device_agents.wire import Outcome, ProfileReport
+from tests.device_agents.models import Model, dense, scaling
+
+DIGEST = "a" * 64
+
+
+@given(a_ms=st.floats(0.01, 100), b_ms=st.floats(0, 100))
+def test_the_fit_finds_an_exact_line(a_ms: float, b_ms: float) -> None:
+    line = fit([(n, a_ms * n + b_ms) for n in (1, 2, 4, 8)])
+    assert line.a_ms == pytest.approx(a_ms, rel=1e-3, abs=1e-5)
+    assert line.b_ms == pytest.approx(b_ms, rel=1e-3, abs=1e-4)
+    assert line.predict_ms(16) == pytest.approx(16 * a_ms + b_ms, rel=1e-2)
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), st.floats(0.001, 1e5)), min_size=1, max_size=6))
+def test_no_part_of_a_fit_is_negative(points: list[tuple[int, float]]) -> None:
+    line = fit(points)
+    assert line.a_ms >= 0
+    assert line.b_ms >= 0
+    assert line.r2 <= 1
+
+
+def test_a_profile_is_measured_within_two_seconds(tmp_path: Path) -> None:
+    started_s = time.monotonic()
+    path = dense().write(tmp_path / "m.onnx")
+    profile = warm_up(path, digest=DIGEST, threads=1, max_batch=8, budget_s=0.3).profile
+    assert time.monotonic() - started_s < 2
+    assert profile is not None
+    assert profile.a_ms + profile.b_ms > 0
+    assert profile.load_ms > 0
+    assert profile.memory_bytes >= path.stat().st_size
+    assert profile.cpu_ms_per_row is not None
+    assert profile.cpu_ms_per_row > 0
+
+
+def test_a_known_profile_is_not_measured_again(tmp_path: Path) -> None:
+    known = ProfileReport(digest=DIGEST, threads=1, a_ms=1, b_ms=1)
+    path = scaling(2).write(tmp_path / "m.onnx")
+    assert warm_up(path, digest=DIGEST, threads=1, max_batch=4, budget_s=0.1, known=known).profile is None
+
+
+def test_a_fixed_batch_is_profiled_at_that_size(tmp_path: Path) -> None:
+    path = scaling(2, rows=1).write(tmp_path / "m.onnx")
+    profile = warm_up(path, digest=DIGEST, threads=1, max_batch=8, budget_s=0.1).profile
+    assert profile is not None
+    assert profile.b_ms == 0
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "fits"),
+    [
+        (scaling(3), scaling(2), True),
+        (scaling(3), scaling(2, rows=1), True),
+        (scaling(3, rows=1), scaling(2), False),
+        (scaling(3, output="z"), scaling(2), False),
+    ],
+    ids=["same", "opens a size", "fixes a size", "renames"],
+)
+def test_a_candidate_must_be_usable_as_the_running_model_is(tmp_path: Path, new: Model, old: Model, fits: bool) -> None:
+    running = Session(old.write(tmp_path / "old.onnx"), threads=1)
+    path = new.write(tmp_path / "new.onnx")
+    if fits:
+        warm_up(path, digest=DIGEST, threads=1, max_batch=2, budget_s=0.05, must_match=running)
+        return
+    with pytest.raises(AttemptFailed) as failed:
+        warm_up(path, digest=DIGEST, threads=1, max_batch=2, budget_s=0.05, must_match=running)
+    assert failed.value.outcome is Outcome.INCOMPATIBLE

@@ -1,0 +1,94 @@
+"""Hardware and telemetry, read from a copy of /proc and /sys as well as from this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from device_agents.telemetry import TelemetryReader, cpu_quota_cores, hardware, isa, network
+
+
+def write(root: Path, path: str, text: str) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (
+            "processor: 0\nflags\t\t: fpu sse4_2 avx2 avx512f avx512_vnni amx_int8\n",
+            ("amx", "avx2", "avx512", "sse42", "vnni"),
+        ),
+        ("Features\t: fp asimd asimddp i8mm bf16\n", ("bf16", "i8mm", "neon", "neon-dot")),
+        ("nothing of use", ()),
+    ],
+)
+def test_instruction_sets_are_named_as_the_catalogue_names_them(cpuinfo: str, expected: tuple[str, ...]) -> None:
+    assert isa(cpuinfo) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"proc/self/cgroup": "0::/box\n", "sys/fs/cgroup/box/cpu.max": "25000 100000\n"}, 0.25),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/box\n1:memory:/\n",
+                "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "5000\n",
+                "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "10000\n",
+            },
+            0.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            None,
+        ),
+        ({}, None),
+    ],
+    ids=["v2", "v2 unlimited", "v1", "v1 unlimited", "no cgroups"],
+)
+def test_the_quota_of_the_control_group_is_told(tmp_path: Path, files: dict[str, str], expected: float | None) -> None:
+    for path, text in files.items():
+        write(tmp_path, path, text)
+    assert cpu_quota_cores(tmp_path) == expected
+
+
+def test_the_network_is_that_of_the_default_route(tmp_path: Path) -> None:
+    assert network(tmp_path) == "unknown"
+    write(tmp_path, "proc/net/route", "Iface Destination Gateway\nwlan0 00000000 01\nlo 0000007F 00\n")
+    assert network(tmp_path) == "ethernet"
+    (tmp_path / "sys/class/net/wlan0/wireless").mkdir(parents=True)
+    assert network(tmp_path) == "wifi"
+
+
+def test_thermal_throttling_is_told_when_the_count_grows(tmp_path: Path) -> None:
+    count = "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
+    write(tmp_path, count, "3\n")
+    reader = TelemetryReader(tmp_path)
+    assert not reader.read().throttled
+    write(tmp_path, count, "4\n")
+    assert reader.read().throttled
+    assert not reader.read().throttled
+
+
+def test_this_machine_can_be_described() -> None:
+    described = hardware()
+    assert described.cores >= 1
+    assert described.memory_bytes > 0
+    assert described.runtime_version.startswith("onnxruntime ")
+
+
+def test_own_work_is_no_load_of_others() -> None:
+    reader = TelemetryReader()
+    total = sum(index * index for index in range(2_000_000))
+    reading = reader.read()
+    assert total > 0
+    assert 0 <= reading.cpu_load_share <= 1
+    assert reading.memory_free_bytes > 0
