@@ -1,0 +1,85 @@
+"""Read-only REST view of applications and their variants, for operators and for apps with a key."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from django.http import HttpRequest
+from ninja import Router, Schema
+from ninja.security import SessionAuth
+
+from device_agents.wire import Name
+from qoe_service.catalogue import applications
+from qoe_service.catalogue.models import Application, Variant
+from qoe_service.errors import NotPermitted
+from qoe_service.fleet.api import ApplicationAuth
+from qoe_service.fleet.models import ApplicationKey
+
+
+class ApplicationOut(Schema):
+    """What an application asks of its variants, and what may be chosen for it."""
+
+    name: str
+    title: str
+    slo_p95_ms: float
+    minimum_accuracy: float
+    configurations: list[dict[str, int | bool]]
+    baseline_variant: str
+    lease_s: float
+
+
+class VariantOut(Schema):
+    """One variant and what was measured about it; accuracy holds for the instruction sets named beside it."""
+
+    name: str
+    digest: str
+    size_bytes: int
+    precision: str
+    compression_pass: str
+    base: str | None
+    accuracy: float | None
+    accuracy_low: float | None
+    accuracy_high: float | None
+    accuracy_samples: int
+    accuracy_isa: str
+    memory_bytes: int
+    is_selectable: bool
+    provenance: dict[str, object]
+    created_at: datetime
+    retired_at: datetime | None
+
+    @classmethod
+    def of(cls, variant: Variant) -> VariantOut:
+        """A row as the API shows it."""
+        own = {
+            name: getattr(variant, name) for name in cls.model_fields if name not in {"digest", "size_bytes", "base"}
+        }
+        base = variant.base.name if variant.base else None
+        return cls(digest=variant.artifact_id, size_bytes=variant.artifact.size_bytes, base=base, **own)
+
+
+router = Router(tags=["catalogue"], auth=[SessionAuth(), ApplicationAuth()])
+
+
+@router.get("/applications", response=list[ApplicationOut])
+def list_applications(request: HttpRequest) -> list[Application]:
+    """All applications; for an application key, its own."""
+    key = _key_of(request)
+    rows = Application.objects.all() if key is None else Application.objects.filter(name=key.application)
+    return list(rows)
+
+
+@router.get("/applications/{name}/variants", response=list[VariantOut])
+def list_variants(request: HttpRequest, name: Name) -> list[VariantOut]:
+    """An application's variants, retired ones too."""
+    key = _key_of(request)
+    if key is not None and key.application != name:
+        raise NotPermitted("this key belongs to another application", field="name")
+    rows = applications.get(name).variants.select_related("artifact", "base")
+    return [VariantOut.of(row) for row in rows]
+
+
+def _key_of(request: HttpRequest) -> ApplicationKey | None:
+    """The application key; None for a logged-in operator."""
+    who = getattr(request, "auth", None)
+    return who if isinstance(who, ApplicationKey) else None

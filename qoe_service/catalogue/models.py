@@ -1,0 +1,159 @@
+"""Applications, their artifacts and variants, and what was measured about them."""
+
+from __future__ import annotations
+
+from django.db import models
+from django.db.models import F, Q
+
+
+class Artifact(models.Model):
+    """Immutable bytes, known by their sha256."""
+
+    digest = models.CharField(primary_key=True, max_length=64)
+    size_bytes = models.PositiveBigIntegerField()
+    created_at = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return self.digest[:12]
+
+
+class Application(models.Model):
+    """An inference task with an SLO, a QoE definition, and rules for its leases."""
+
+    name = models.CharField(primary_key=True, max_length=64)
+    title = models.CharField(max_length=100)
+    slo_p95_ms = models.FloatField()
+    minimum_accuracy = models.FloatField(default=0)
+    slo_violation_limit = models.FloatField(default=0.5, help_text="P(SLO violation) above which a soft mask applies")
+    arrival_rate_rps = models.FloatField(default=1, help_text="assumed until a device reports its own")
+    configurations = models.JSONField(default=list, help_text="serving configurations that may be chosen")
+    baseline_variant = models.CharField(max_length=64, blank=True, help_text="its name; may be imported later")
+    baseline_digest = models.CharField(max_length=64, blank=True, help_text="variant of the safe baseline")
+    baseline_configuration = models.JSONField(default=dict, blank=True)
+    lease_s = models.FloatField(default=600, help_text="active seconds")
+    feedback_wait_s = models.FloatField(
+        default=60, help_text="how long a closed lease waits for ratings still under way"
+    )
+    silence_after_s = models.FloatField(
+        default=600, help_text="how long after its end an unreported lease counts as silent"
+    )
+    silence_reward = models.FloatField(null=True, blank=True, help_text="reward of a silent lease; null drops it")
+    epsilon = models.FloatField(default=0.05, help_text="share of decisions drawn uniformly")
+    holdout = models.FloatField(default=0.05, help_text="share of decisions kept for references")
+    health_gate = models.JSONField(default=dict, blank=True)
+    dataset = models.ForeignKey(Artifact, null=True, blank=True, on_delete=models.PROTECT, related_name="+")
+    created_at = models.DateTimeField()
+
+    class Meta:
+        ordering = ("name",)
+        constraints = [models.CheckConstraint(condition=Q(slo_p95_ms__gt=0), name="application_slo_is_positive")]
+
+    def __str__(self) -> str:
+        return self.title
+
+
+class QoeFormula(models.Model):
+    """One version of an application's QoE definition; the newest applies."""
+
+    application = models.ForeignKey(Application, on_delete=models.CASCADE, related_name="formulas")
+    version = models.PositiveIntegerField()
+    definition = models.JSONField(help_text="selector.reward.QoeFormula as a record")
+    created_at = models.DateTimeField()
+
+    class Meta:
+        ordering = ("-version",)
+        constraints = [models.UniqueConstraint(fields=("application", "version"), name="one_formula_per_version")]
+
+
+class Variant(models.Model):
+    """One ONNX artifact of an application, how it was made and how well it does."""
+
+    application = models.ForeignKey(Application, on_delete=models.CASCADE, related_name="variants")
+    artifact = models.ForeignKey(Artifact, on_delete=models.PROTECT, related_name="variants")
+    base = models.ForeignKey("self", null=True, blank=True, on_delete=models.PROTECT, related_name="derived")
+    name = models.CharField(max_length=100)
+    precision = models.CharField(max_length=16, default="fp32")
+    compression_pass = models.CharField(max_length=64, blank=True, help_text="empty for an imported model")
+    provenance = models.JSONField(default=dict, blank=True)
+    inputs = models.JSONField(default=list, blank=True)
+    outputs = models.JSONField(default=list, blank=True)
+    operators = models.JSONField(default=list, blank=True)
+    accuracy = models.FloatField(null=True, blank=True)
+    accuracy_low = models.FloatField(null=True, blank=True)
+    accuracy_high = models.FloatField(null=True, blank=True)
+    accuracy_samples = models.PositiveIntegerField(default=0)
+    accuracy_isa = models.CharField(max_length=100, blank=True, help_text="where the accuracy was measured")
+    memory_bytes = models.PositiveBigIntegerField(default=0)
+    created_at = models.DateTimeField()
+    retired_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ("name",)
+        constraints = [
+            models.UniqueConstraint(fields=("application", "name"), name="one_variant_per_name"),
+            models.UniqueConstraint(fields=("application", "artifact"), name="one_variant_per_artifact"),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_selectable(self) -> bool:
+        """Whether decisions may choose it: measured, and not retired."""
+        return self.accuracy is not None and self.retired_at is None
+
+
+class Job(models.Model):
+    """One compression job: a row that a worker claims, reports progress on and finishes."""
+
+    class State(models.TextChoices):
+        QUEUED = "queued"
+        RUNNING = "running"
+        DONE = "done"
+        FAILED = "failed"
+        CANCELLED = "cancelled"
+        REFUSED = "refused"
+
+    application = models.ForeignKey(Application, on_delete=models.CASCADE, related_name="jobs")
+    base = models.ForeignKey(Variant, on_delete=models.CASCADE, related_name="jobs")
+    compression_pass = models.CharField(max_length=64)
+    parameters = models.JSONField(default=dict, blank=True)
+    state = models.CharField(max_length=16, choices=State, default=State.QUEUED, db_index=True)
+    progress = models.FloatField(default=0)
+    attempts = models.PositiveIntegerField(default=0)
+    heartbeat_at = models.DateTimeField(null=True, blank=True)
+    error = models.TextField(blank=True)
+    result = models.ForeignKey(Variant, null=True, blank=True, on_delete=models.SET_NULL, related_name="+")
+    created_at = models.DateTimeField()
+    finished_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ("id",)
+        constraints = [
+            models.UniqueConstraint(fields=("base", "compression_pass", "parameters"), name="one_job_per_pass"),
+            models.CheckConstraint(condition=Q(progress__gte=0, progress__lte=1), name="job_progress_is_a_share"),
+        ]
+
+
+class Profile(models.Model):
+    """Measured: a run of a batch of n takes ``a_ms * n + b_ms``. Without a device it was measured on the server."""
+
+    variant = models.ForeignKey(Variant, on_delete=models.CASCADE, related_name="profiles")
+    device = models.ForeignKey("fleet.Device", null=True, blank=True, on_delete=models.CASCADE, related_name="profiles")
+    threads = models.PositiveIntegerField()
+    a_ms = models.FloatField()
+    b_ms = models.FloatField()
+    r2 = models.FloatField(default=1)
+    load_ms = models.FloatField(default=0)
+    memory_bytes = models.PositiveBigIntegerField(default=0)
+    cpu_ms_per_row = models.FloatField(null=True, blank=True, help_text="CPU time of a run, per row of its batch")
+    measured_at = models.DateTimeField()
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=("variant", "device", "threads"), name="one_profile_per_device"),
+            models.UniqueConstraint(
+                fields=("variant", "threads"), condition=Q(device=None), name="one_profile_on_the_server"
+            ),
+        ]
+        ordering = (F("device").asc(nulls_first=True), "variant", "threads")

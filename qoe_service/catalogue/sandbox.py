@@ -1,0 +1,227 @@
+"""Runs untrusted models in a child process: bounded, alone in a private folder, without credentials, killable.
+
+The child shares no Python state with the service. It answers with one small JSON file; whatever else happens to it
+becomes a refusal with a reason, and the parent lives on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import psutil
+
+FOLDER = Path(__file__).parent
+LAUNCHER = FOLDER / "sandboxed" / "launcher.py"
+PREFIX, LOCK = "qoe-sandbox-", "lock"
+RESULT, PROGRESS = "result.json", "progress"
+MAX_RESULT_BYTES = 1_048_576
+POLL_S, MEMORY_POLL_S, WATCH_S = 0.05, 0.25, 0.5
+SWEEP_AFTER_S = 60.0
+
+Watch = Callable[[float], bool]
+
+
+class Refused(Exception):
+    """The model, the data or the pass cannot be used; the text tells an operator why."""
+
+
+class Cancelled(Exception):
+    """The watcher asked to stop; the child is dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one sandboxed program may use."""
+
+    wall_s: float = 600.0
+    cpu_s: int = 300
+    memory_bytes: int = 2 * 2**30
+    file_bytes: int = 2 * 2**30
+    open_files: int = 256
+
+    def as_rlimits(self) -> str:
+        """For the launcher. No RLIMIT_AS: ONNX Runtime maps far more than it uses, so memory is watched instead."""
+        return json.dumps(
+            {
+                "RLIMIT_CPU": self.cpu_s,
+                "RLIMIT_FSIZE": self.file_bytes,
+                "RLIMIT_NOFILE": self.open_files,
+                "RLIMIT_CORE": 0,
+            }
+        )
+
+
+class Sandbox:
+    """A private folder, and the programs that run in it."""
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self.folder = folder
+        self.limits = limits
+
+    def add(self, name: str, source: BinaryIO) -> None:
+        """Copy a file into the folder, so that no program touches the original."""
+        with source, (self.folder / name).open("wb") as target:
+            shutil.copyfileobj(source, target, 262_144)
+
+    def open(self, name: str) -> BinaryIO:
+        """A file that a program left behind: no link out of the folder and no endless pipe. Raises Refused."""
+        try:
+            # without NONBLOCK, opening a pipe waits until somebody writes
+            descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            raise Refused(f"the program that reads models left no usable file {name}") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise Refused(f"the program that reads models left something else than a file as {name}")
+        return os.fdopen(descriptor, "rb")
+
+    def ask(self, request: dict[str, Any], *, watch: Watch | None = None) -> dict[str, Any]:
+        """Let our own program answer a request. Raises Refused or Cancelled."""
+        (self.folder / "request.json").write_text(json.dumps(request))
+        self.run(FOLDER, "sandboxed", watch=watch)
+        answer = self._answer()
+        if "refusal" in answer:
+            raise Refused(str(answer["refusal"])[:2000])
+        return answer
+
+    def run(self, path: Path, module: str, *arguments: str, watch: Watch | None = None) -> None:
+        """Run a Python module found in ``path`` to its end. Raises Refused or Cancelled."""
+        with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
+            process = subprocess.Popen(
+                [*_python(), self.limits.as_rlimits(), str(path), module, *arguments],
+                cwd=self.folder,
+                env=_environment(self.folder),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+            try:
+                self._supervise(process, watch)
+            finally:
+                _kill_group(process)
+        if process.returncode != 0:
+            raise Refused(_how_it_ended(process.returncode, self.tail_of_errors()))
+
+    def tail_of_errors(self) -> str:
+        """The last lines that the child wrote for people."""
+        with self.open("stderr") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 2000, 0))
+            return file.read().decode(errors="replace").strip()[-500:]
+
+    def _answer(self) -> dict[str, Any]:
+        try:
+            with self.open(RESULT) as file:
+                answer = json.loads(file.read(MAX_RESULT_BYTES))
+        except (Refused, OSError, ValueError):
+            raise Refused("the program that reads models gave no answer") from None
+        if not isinstance(answer, dict):
+            raise Refused("the program that reads models gave no answer")
+        return answer
+
+    def _supervise(self, process: subprocess.Popen[bytes], watch: Watch | None) -> None:
+        started = memory_checked = watched = time.monotonic()
+        while not _has_ended(process):
+            now = time.monotonic()
+            if now - started > self.limits.wall_s:
+                raise Refused(f"took longer than {self.limits.wall_s:g} s")
+            if now - memory_checked >= MEMORY_POLL_S:
+                memory_checked = now
+                self._check_memory(process.pid)
+            if watch is not None and now - watched >= WATCH_S:
+                watched = now
+                if not watch(self._progress()):
+                    raise Cancelled
+            time.sleep(POLL_S)
+
+    def _check_memory(self, pid: int) -> None:
+        try:
+            child = psutil.Process(pid)
+            used = sum(_resident_bytes(each) for each in (child, *child.children(recursive=True)))
+        except psutil.NoSuchProcess:
+            return
+        if used > self.limits.memory_bytes:
+            raise Refused(f"needs more than {self.limits.memory_bytes // 2**20} MiB of memory")
+
+    def _progress(self) -> float:
+        try:
+            with self.open(PROGRESS) as file:
+                return min(max(float(file.read(32)), 0.0), 1.0)
+        except (Refused, OSError, ValueError):
+            return 0.0
+
+
+@contextlib.contextmanager
+def opened(limits: Limits | None = None) -> Iterator[Sandbox]:
+    """A fresh sandbox whose folder goes away with it."""
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        with (folder / LOCK).open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield Sandbox(folder, limits or Limits())
+
+
+def _sweep() -> None:
+    """Remove what killed workers left: folders whose lock nobody holds any more."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime < SWEEP_AFTER_S:
+                continue  # perhaps made this moment, and not locked yet
+            with path.open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _python() -> Sequence[str]:
+    # -s and -P: neither a user's packages nor the working folder can slip a module in
+    return (sys.executable, "-s", "-P", str(LAUNCHER), str(os.getpid()))
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Nothing of the service's environment. One thread each, and a fixed hash seed: same input, same bytes."""
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    places = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8"}
+    # official builds of ONNX Runtime since 1.29 report usage over the network unless told not to
+    quiet = {"ORT_DISABLE_TELEMETRY": "1", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**places, **one_thread, **quiet}
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    # WNOWAIT keeps the process id taken until the whole group is killed, so the id cannot be somebody else's by then
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _resident_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _how_it_ended(code: int, errors: str) -> str:
+    if code == -signal.SIGXCPU:
+        return "used up its CPU time"
+    if code < 0:
+        return f"crashed the program that reads models ({signal.Signals(-code).name})"
+    return f"could not be read: {errors.splitlines()[-1] if errors else f'exit code {code}'}"

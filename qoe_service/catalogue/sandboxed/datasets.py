@@ -1,0 +1,94 @@
+"""Reads a data set: calibration inputs, held-out inputs and held-out labels, as model-shaped arrays in one .npz."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .refusal import Refusal
+
+NAMES = ("calibration_inputs", "heldout_inputs", "heldout_labels")
+MAX_UNPACKED_BYTES = 2**30
+NUMBERS = "biuf"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Inputs [N, ...] of one kind; labels [N] are class numbers."""
+
+    calibration_inputs: NDArray[Any]
+    heldout_inputs: NDArray[Any]
+    heldout_labels: NDArray[np.int64]
+
+    @property
+    def calibration_digest(self) -> str:
+        """Names the calibration part, whatever file it came in."""
+        inputs = self.calibration_inputs
+        head = f"{inputs.dtype.str}{inputs.shape}".encode()
+        return hashlib.sha256(head + np.ascontiguousarray(inputs).tobytes()).hexdigest()
+
+
+def load(path: Path) -> Dataset:
+    """Read and validate. Raises Refusal naming the array that is wrong."""
+    arrays = _read(path)
+    for name, array in arrays.items():
+        if array.dtype.kind not in NUMBERS:
+            raise Refusal(f"{name} holds {array.dtype}, not numbers")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise Refusal(f"{name} holds numbers that are not finite")
+    calibration, heldout, labels = (arrays[name] for name in NAMES)
+    _check_shapes(calibration, heldout, labels)
+    return Dataset(calibration, heldout, labels.astype(np.int64))
+
+
+def describe(data: Dataset) -> dict[str, Any]:
+    """What an operator wants to know about it."""
+    return {
+        "input_shape": list(data.heldout_inputs.shape[1:]),
+        "input_dtype": data.heldout_inputs.dtype.name,
+        "calibration_samples": len(data.calibration_inputs),
+        "heldout_samples": len(data.heldout_inputs),
+        "classes": int(data.heldout_labels.max()) + 1,
+    }
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile:
+        raise Refusal("the data set is not an .npz file, or it is truncated") from None
+    if unpacked > MAX_UNPACKED_BYTES:
+        raise Refusal(f"the data set unpacks to {unpacked} bytes; at most {MAX_UNPACKED_BYTES} are taken")
+    with np.load(path, allow_pickle=False) as file:
+        missing = [name for name in NAMES if name not in file.files]
+        if missing:
+            raise Refusal(f"the data set has no array named {' or '.join(missing)}")
+        return {name: _array(file, name) for name in NAMES}
+
+
+def _array(file: Any, name: str) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = file[name]
+    except ValueError as error:
+        raise Refusal(f"{name} cannot be read without running its pickle, which is never done: {error}") from None
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise Refusal(f"{name} is damaged: {error}") from None
+    return array
+
+
+def _check_shapes(calibration: NDArray[Any], heldout: NDArray[Any], labels: NDArray[Any]) -> None:
+    if calibration.ndim < 2 or not len(calibration):
+        raise Refusal("calibration_inputs needs at least one sample, shaped [samples, ...]")
+    if heldout.shape[1:] != calibration.shape[1:] or heldout.dtype != calibration.dtype:
+        raise Refusal("heldout_inputs and calibration_inputs differ in shape or type")
+    if labels.dtype.kind not in "iu" or labels.shape != (len(heldout),) or not len(labels):
+        raise Refusal("heldout_labels must be one class number for each of heldout_inputs")
+    if labels.min() < 0:
+        raise Refusal("heldout_labels holds a negative class number")

@@ -1,0 +1,35 @@
+"""Celery tasks: messages only say "look"; the rows of Job are the queue."""
+
+from __future__ import annotations
+
+import logging
+
+from celery import shared_task
+from django.utils import timezone
+from kombu.exceptions import OperationalError
+
+from qoe_service.catalogue import compression, jobs
+
+log = logging.getLogger(__name__)
+
+
+@shared_task
+def run_queued() -> None:
+    """Start what may start. Beat calls it again and again, so that lost messages and dead runners do not matter."""
+    for job_id in jobs.runnable(now=timezone.now()):
+        run_job.delay(job_id)
+
+
+@shared_task
+def run_job(job_id: int) -> None:
+    """Run one job to its end, then look for the next."""
+    if compression.run(job_id=job_id, clock=timezone.now) is not None:
+        wake_workers()
+
+
+def wake_workers() -> None:
+    """Ask for a look now; when the broker is away, beat's rescan does the same a little later."""
+    try:
+        run_queued.delay()
+    except OperationalError as error:
+        log.warning("broker is away, queued jobs wait for the rescan error=%s", error)

@@ -1,0 +1,111 @@
+"""What a device should run, as one signed document. Reading it decides nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from django.conf import settings
+
+from device_agents.wire import (
+    DesiredApplication,
+    DesiredState,
+    HealthGate,
+    ServingConfiguration,
+    SignedDesired,
+    VariantReference,
+)
+from qoe_service.catalogue.models import Application, Variant
+from qoe_service.decisions.models import Decision
+from qoe_service.fleet import keys
+from qoe_service.fleet.models import Device
+from qoe_service.rollouts.models import Assignment, DesiredVersion
+
+Variants = dict[tuple[str, str], Variant]
+
+
+def version_of(*, device_id: str) -> int:
+    """The version of the device's desired document; 0 before anything was decided."""
+    return DesiredVersion.objects.filter(device=device_id).values_list("version", flat=True).first() or 0
+
+
+def etag_of(version: int) -> str:
+    """The entity tag of a version: equal versions say the same."""
+    return f'"{version}"'
+
+
+def check_in_interval_s(rng: random.Random) -> float:
+    """When a device should come again: jittered, so that a fleet that restarts together does not stay together."""
+    share = min(settings.CHECK_IN_JITTER_SHARE, 1.0)
+    return settings.CHECK_IN_INTERVAL_S * rng.uniform(1 - share, 1 + share)
+
+
+def signed(*, device: Device, now: datetime) -> SignedDesired:
+    """The document as the text that is signed, with a signature by every key in use."""
+    text = document(device=device, now=now).model_dump_json()
+    return SignedDesired(document=text, signatures=keys.sign(text=text, now=now))
+
+
+def document(*, device: Device, now: datetime) -> DesiredState:
+    """Everything that the device should run."""
+    # Read before the assignments: a change in between then shows under the old version and comes once more.
+    version = version_of(device_id=device.pk)
+    assignments = Assignment.objects.filter(device=device).select_related("decision", "application")
+    decided = [(each, each.decision) for each in assignments if each.decision is not None]
+    variants = _variants(each for each, _ in decided)
+    return DesiredState(
+        version=version,
+        device_id=device.pk,
+        issued_at=now,
+        expires_at=now + timedelta(seconds=settings.DESIRED_TTL_S),
+        check_in_interval_s=settings.CHECK_IN_INTERVAL_S,
+        applications=tuple(
+            _application(each, decision, variants)
+            for each, decision in decided
+            if (each.application_id, decision.variant_digest) in variants
+        ),
+    )
+
+
+def _application(assignment: Assignment, decision: Decision, variants: Variants) -> DesiredApplication:
+    application = assignment.application
+    return DesiredApplication(
+        application=application.name,
+        model_name=application.name,
+        decision_id=decision.pk,
+        variant=_reference(variants[application.pk, decision.variant_digest]),
+        serving=ServingConfiguration.model_validate(decision.configuration),
+        health_gate=HealthGate.model_validate(application.health_gate),
+        fallback=_fallback(assignment, application, decision, variants),
+        lease_s=application.lease_s,
+        slo_p95_ms=application.slo_p95_ms,
+        trace_id=decision.trace_id or None,
+    )
+
+
+def _fallback(
+    assignment: Assignment, application: Application, decision: Decision, variants: Variants
+) -> VariantReference | None:
+    """The last variant that did well on this device, else the safe baseline; never the one that is being tried."""
+    for digest in (assignment.last_good_digest, application.baseline_digest):
+        variant = variants.get((application.pk, digest))
+        if variant is not None and digest != decision.variant_digest:
+            return _reference(variant)
+    return None
+
+
+def _reference(variant: Variant) -> VariantReference:
+    digest = variant.artifact_id
+    return VariantReference(
+        digest=digest, name=variant.name, size_bytes=variant.artifact.size_bytes, url=f"/artifacts/sha256/{digest}"
+    )
+
+
+def _variants(assignments: Iterable[Assignment]) -> Variants:
+    wanted: set[str] = set()
+    for each in assignments:
+        chosen = each.decision.variant_digest if each.decision else ""
+        wanted |= {chosen, each.last_good_digest, each.application.baseline_digest}
+    rows = Variant.objects.filter(artifact__in=wanted - {""}).select_related("artifact")
+    return {(row.application_id, row.artifact_id): row for row in rows}

@@ -1,0 +1,14 @@
+"""What holds for all tests: the long stories start first, one after the other, while the rest runs beside them."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """System stories share one worker: two of them at once would fight for the cores that they measure on."""
+    stories = [item for item in items if "tests/system/" in item.nodeid]
+    for story in stories:
+        story.add_marker(pytest.mark.xdist_group("system"))
+    items.sort(key=lambda item: item not in stories)

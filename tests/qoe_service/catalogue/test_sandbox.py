@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qoe_service.catalogue import sandbox
+from qoe_service.catalogue.sandbox import Cancelled, Limits, Refused, Sandbox
+
+MIB = 2**20
+
+
+def run(tmp_path: Path, program: str, limits: Limits | None = None, watch: sandbox.Watch | None = None) -> Sandbox:
+    """Run a program of our own in a sandbox whose folder stays for the test to look at."""
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "program.py").write_text(program)
+    (tmp_path / "box").mkdir()
+    box = Sandbox(tmp_path / "box", limits or Limits())
+    box.run(tmp_path / "programs", "program", watch=watch)
+    return box
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    ("program", "limits", "reason"),
+    [
+        ("while True: pass", Limits(cpu_s=2), "CPU time"),
+        ("import time; time.sleep(60)", Limits(wall_s=0.5), "longer than 0.5 s"),
+        ("held = bytearray(300 * 2**20)\nimport time; time.sleep(60)", Limits(memory_bytes=100 * MIB), "100 MiB"),
+        ("open('f', 'wb').write(bytes(2 * 2**20))", Limits(file_bytes=MIB), "File too large"),
+        ("held = [open('/dev/null') for _ in range(100)]", Limits(open_files=40), "Too many open files"),
+        ("import os; os.abort()", Limits(), "SIGABRT"),
+        ("import ctypes; ctypes.string_at(0)", Limits(), "SIGSEGV"),
+        ("raise ValueError('odd bytes')", Limits(), "odd bytes"),
+        ("import sys; sys.exit(3)", Limits(), "exit code 3"),
+    ],
+)
+def test_whatever_goes_wrong_in_the_child_becomes_a_reason(
+    tmp_path: Path, program: str, limits: Limits, reason: str
+) -> None:
+    with pytest.raises(Refused, match=reason):
+        run(tmp_path, program, limits)
+
+
+def test_the_child_sees_no_secret_of_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", "do-not-show")
+    monkeypatch.setenv("DATABASE_URL", "postgres://user:password@host/name")
+    box = run(tmp_path, "import os, json; print(json.dumps(dict(os.environ)))")
+    seen = json.loads((box.folder / "stdout").read_text())
+    assert "do-not-show" not in str(seen)
+    assert set(seen) <= {
+        *(
+            "PATH",
+            "HOME",
+            "TMPDIR",
+            "LANG",
+            "LC_CTYPE",
+            "PYTHONHASHSEED",
+            "PYTHONDONTWRITEBYTECODE",
+            "ORT_DISABLE_TELEMETRY",
+        ),
+        *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+    }
+
+
+def test_the_child_is_a_nice_session_of_its_own_without_core_dumps(tmp_path: Path) -> None:
+    program = "import os, resource; print(os.getsid(0) == os.getpid(), os.nice(0), resource.getrlimit(4)[0])"
+    box = run(tmp_path, program)
+    leader, niceness, core_bytes = (box.folder / "stdout").read_text().split()
+    assert (leader, core_bytes) == ("True", "0")
+    assert int(niceness) >= min(os.nice(0) + 10, 19)
+
+
+def test_the_programs_that_read_models_import_nothing_of_the_service() -> None:
+    with sandbox.opened() as box:
+        (box.folder / "probe.py").write_text(
+            "import sys; sys.path.append(sys.argv[1])\n"
+            "import sandboxed.__main__\n"
+            "print(sorted({name.split('.')[0] for name in sys.modules} & {'django', 'celery', 'qoe_service'}))"
+        )
+        box.run(box.folder, "probe", str(sandbox.FOLDER))
+        assert (box.folder / "stdout").read_text().strip() == "[]"
+
+
+def test_a_cancelled_program_and_its_children_are_dead_within_two_seconds(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "open('pids', 'w').write(str(child.pid))\n"
+        "time.sleep(60)"
+    )
+    pids = tmp_path / "box" / "pids"
+    asked_at: list[float] = []
+
+    def watch(_: float) -> bool:
+        if pids.exists() and pids.read_text():
+            asked_at.append(time.monotonic())
+        return not asked_at
+
+    with pytest.raises(Cancelled):
+        run(tmp_path, program, watch=watch)
+    assert time.monotonic() - asked_at[0] < 2
+    assert not is_alive(int(pids.read_text()))
+
+
+def test_progress_reaches_the_watcher(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def watch(progress: float) -> bool:
+        seen.append(progress)
+        return progress < 0.5
+
+    with pytest.raises(Cancelled):
+        run(tmp_path, "import time; open('progress', 'w').write('0.625'); time.sleep(60)", watch=watch)
+    assert seen[-1] == 0.625
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"text"'])
+def test_an_answer_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(Refused, match="no answer"):
+        Sandbox(tmp_path, Limits())._answer()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/etc/hostname", path)])
+@pytest.mark.parametrize("name", ["derived.onnx", "result.json", "stdout", "progress"])
+def test_what_the_child_leaves_instead_of_a_file_is_not_opened(
+    tmp_path: Path, make: Callable[[str], None], name: str
+) -> None:
+    box = Sandbox(tmp_path, Limits())
+    make(str(tmp_path / name))
+    with pytest.raises(Refused, match=name):
+        box.open(name)
+    assert box._progress() == 0.0
+    with pytest.raises(Refused, match="no answer"):
+        box._answer()
+
+
+def test_the_folder_goes_away_with_the_sandbox() -> None:
+    with sandbox.opened() as box:
+        box.add("model.onnx", io.BytesIO(b"model"))
+        folder = box.folder
+        assert folder.exists()
+    assert not folder.exists()
+
+
+def test_folders_of_killed_workers_are_swept_and_those_in_use_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    hour_ago = time.time() - 3600
+    abandoned, foreign = tmp_path / "qoe-sandbox-dead", tmp_path / "sandbox-of-somebody-else"
+    for folder in (abandoned, foreign):
+        folder.mkdir()
+        (folder / "lock").touch()
+        os.utime(folder / "lock", (hour_ago, hour_ago))
+    with sandbox.opened() as box:
+        os.utime(box.folder / "lock", (hour_ago, hour_ago))
+        with sandbox.opened():
+            assert box.folder.exists()
+    assert sorted(tmp_path.iterdir()) == [foreign]
+
+
+def test_onnx_runtime_reports_to_nobody() -> None:
+    with sandbox.opened() as box:
+        (box.folder / "probe.py").write_text("import onnxruntime")
+        box.run(box.folder, "probe")
+        assert not [path for path in box.folder.rglob("*") if path.suffix in {".db", ".ses"} or path.name == ".cache"]

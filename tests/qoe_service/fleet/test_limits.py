@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from django.conf import LazySettings
+from django.core.cache import cache
+
+from qoe_service.errors import TooManyRequests
+from qoe_service.fleet import limits
+from tests.builders import NOW
+from tests.qoe_service import calls
+
+
+@pytest.fixture(autouse=True)
+def _fresh_limits() -> None:
+    cache.clear()
+
+
+def test_a_new_minute_brings_new_requests() -> None:
+    limits.take(caller="device:a", limit=1, now=NOW)
+    with pytest.raises(TooManyRequests) as refused:
+        limits.take(caller="device:a", limit=1, now=NOW + timedelta(seconds=20))
+    assert refused.value.retry_after_s == 40
+    limits.take(caller="device:a", limit=1, now=NOW + timedelta(seconds=60))
+
+
+def test_many_callers_are_all_remembered() -> None:
+    for n in range(1000):
+        limits.take(caller=f"device:{n}", limit=1, now=NOW)
+    for n in range(1000):
+        with pytest.raises(TooManyRequests):
+            limits.take(caller=f"device:{n}", limit=1, now=NOW)
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(("is_trusted", "statuses"), [(True, [401, 401, 429]), (False, [401, 429, 429])])
+def test_enrolments_are_counted_by_the_address_that_the_proxy_saw(
+    settings: LazySettings, is_trusted: bool, statuses: list[int]
+) -> None:
+    settings.ENROLMENTS_PER_MINUTE, settings.TRUST_PROXY = 1, is_trusted
+    body = {"token": "w" * 43, "name": "a"}
+    chains = ["10.0.0.1", "10.0.0.2", "claimed, 10.0.0.2"]
+    answers = [
+        calls.post("/api/v1/devices/enrol", body, credential=None, X_Forwarded_For=chain).status_code
+        for chain in chains
+    ]
+    assert answers == statuses
+
+
+def test_without_its_cache_nobody_is_kept_out(settings: LazySettings, caplog: pytest.LogCaptureFixture) -> None:
+    settings.CACHES = {
+        "default": {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": "redis://127.0.0.1:1"}
+    }
+    for _ in range(3):
+        limits.take(caller="device:a", limit=1, now=NOW)
+    assert caplog.text.count("cache is away") == 1

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from device_agents.wire import Problem
+from tests.qoe_service.served import MAX_BODY_BYTES, Served
+
+ENROL = "/api/v1/devices/enrol"
+
+
+def chunks(total: int) -> Iterator[bytes]:
+    for start in range(0, total, 4096):
+        yield b"x" * min(4096, total - start)
+
+
+def assert_too_large(answer: httpx.Response) -> None:
+    assert answer.status_code == 413
+    problem = Problem.model_validate_json(answer.content)
+    assert (problem.code, problem.fields[0].field) == ("too_large", "body")
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.headers["X-Trace-Id"] == problem.trace_id
+    assert int(answer.headers["Retry-After"]) > 0
+
+
+@pytest.mark.parametrize("factor", [1.01, 3, 6])
+def test_a_body_above_the_limit_is_refused_announced_or_chunked(served: Served, factor: float) -> None:
+    size = int(MAX_BODY_BYTES * factor)
+    assert_too_large(httpx.post(served.url + ENROL, content=b"x" * size))
+    assert_too_large(httpx.post(served.url + ENROL, content=chunks(size)))
+
+
+def test_a_body_at_the_limit_is_read(served: Served) -> None:
+    body = json.dumps({"token": served.token, "name": "a", "padding": ""}).encode()
+    padded = body[:-2] + b"x" * (MAX_BODY_BYTES - len(body)) + body[-2:]
+    assert len(padded) == MAX_BODY_BYTES
+    assert httpx.post(served.url + ENROL, content=padded).status_code == 200
+    assert httpx.post(served.url + ENROL, content=iter([padded[:1000], padded[1000:]])).status_code == 200
+
+
+def test_an_endless_body_is_cut_off(served: Served) -> None:
+    sent_bytes = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent_bytes
+        while sent_bytes < 500 * MAX_BODY_BYTES:
+            sent_bytes += 4096
+            yield b"x" * 4096
+
+    with contextlib.suppress(httpx.TransportError):
+        httpx.post(served.url + ENROL, content=endless())
+    assert sent_bytes < 400 * MAX_BODY_BYTES, "more than was drained and lay in the sockets' buffers"
+    assert httpx.get(served.url + "/healthz").status_code == 200
