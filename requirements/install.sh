@@ -28,7 +28,7 @@ fi
 echo "installing $file"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-if ! .venv/bin/python -m pip install --disable-pip-version-check --quiet --only-binary :all: --require-hashes -r "$file" >"$log" 2>&1; then
+if ! .venv/bin/python -m pip install --disable-pip-version-check --quiet --only-binary :all: --no-binary vw-estimators --require-hashes -r "$file" >"$log" 2>&1; then
   tail -n 15 "$log" >&2
   if grep -qiE 'NewConnectionError|Temporary failure|Network is unreachable|Connection refused|ConnectTimeout|Max retries|ProxyError' "$log"; then
     fail "the package index cannot be reached; check the network or the proxy (pip reads HTTPS_PROXY and PIP_INDEX_URL), then run the same command again"
