@@ -1,44 +1,22 @@
-"""Derives variants from variants: which passes there are, and what running one of their jobs means."""
+"""Derives variants from variants: what running a job of a compression pass means."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import datetime
-from types import MappingProxyType
-from typing import Any
 
 from django.db import transaction
 
 from qoe_service.catalogue import artifacts, datasets, evaluation, jobs, profiles, sandbox
 from qoe_service.catalogue.models import Artifact, Job, Variant
+from qoe_service.catalogue.passes import PASSES
+
+__all__ = ["MODEL", "PASSES", "derive", "refine_accuracy", "run"]
 
 log = logging.getLogger(__name__)
 
 MODEL, DERIVED = "model.onnx", "derived.onnx"
-
-
-@dataclass(frozen=True, slots=True)
-class CompressionPass:
-    """What can be asked for. How it is done, and when it cannot help, stands in ``sandboxed/passes.py``."""
-
-    name: str
-    precision: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-PASSES: Mapping[str, CompressionPass] = MappingProxyType(
-    {
-        each.name: each
-        for each in (
-            CompressionPass(
-                "static-int8", "int8", {"calibration_samples": 128, "per_channel": True, "reduce_range": False}
-            ),
-            CompressionPass("dynamic-int8", "int8", {"per_channel": True, "reduce_range": False}),
-        )
-    }
-)
 
 
 def run(*, job_id: int, clock: Callable[[], datetime]) -> Job | None:
@@ -72,7 +50,7 @@ def run(*, job_id: int, clock: Callable[[], datetime]) -> Job | None:
 def derive(*, job: Job, watch: sandbox.Watch, clock: Callable[[], datetime]) -> Variant:
     """Run a job's pass in the sandbox and keep what comes out. Raises sandbox.Refused or sandbox.Cancelled."""
     chosen, base = PASSES[job.compression_pass], job.base
-    request = {"command": "compress", "pass": chosen.name, "parameters": job.parameters}
+    request = {"command": "compress", "pass": chosen.method, "parameters": job.parameters}
     request["samples"] = evaluation.FIRST_LOOK_SAMPLES
     with sandbox.opened() as box:
         box.add(MODEL, artifacts.open_for_reading(base.artifact_id))
@@ -97,7 +75,7 @@ def refine_accuracy(*, job: Job, watch: sandbox.Watch) -> Variant:
 
 
 def _keep(job: Job, artifact: Artifact, measured: evaluation.Measured, now: datetime) -> Variant:
-    base = job.base
+    base, chosen = job.base, PASSES[job.compression_pass]
     if artifact.digest == base.artifact_id:
         raise sandbox.Refused("the pass left the model as it was")
     variant, is_new = Variant.objects.get_or_create(
@@ -107,12 +85,13 @@ def _keep(job: Job, artifact: Artifact, measured: evaluation.Measured, now: date
             **measured.as_fields(),
             "base": base,
             "name": _free_name(base, job.compression_pass, artifact.digest),
-            "precision": PASSES[job.compression_pass].precision,
+            "precision": chosen.precision or base.precision,
             "compression_pass": job.compression_pass,
             "provenance": {
                 **measured.provenance,
                 "base_digest": base.artifact_id,
                 "pass": job.compression_pass,
+                "method": chosen.method,
                 "parameters": job.parameters,
             },
             "created_at": now,

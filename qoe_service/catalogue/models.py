@@ -75,6 +75,9 @@ class Variant(models.Model):
     precision = models.CharField(max_length=16, default="fp32")
     compression_pass = models.CharField(max_length=64, blank=True, help_text="empty for an imported model")
     provenance = models.JSONField(default=dict, blank=True)
+    details = models.JSONField(
+        default=dict, blank=True, help_text="what else was measured: kind of accuracy, cut points"
+    )
     inputs = models.JSONField(default=list, blank=True)
     outputs = models.JSONField(default=list, blank=True)
     operators = models.JSONField(default=list, blank=True)
@@ -103,10 +106,11 @@ class Variant(models.Model):
         return self.accuracy is not None and self.retired_at is None
 
 
-class Job(models.Model):
-    """One compression job: a row that a worker claims, reports progress on and finishes."""
+class Work(models.Model):
+    """What a worker claims, reports progress on and finishes. ``attempts`` is the fencing number of its runner."""
 
     class State(models.TextChoices):
+        RECEIVING = "receiving"
         QUEUED = "queued"
         RUNNING = "running"
         DONE = "done"
@@ -114,25 +118,87 @@ class Job(models.Model):
         CANCELLED = "cancelled"
         REFUSED = "refused"
 
-    application = models.ForeignKey(Application, on_delete=models.CASCADE, related_name="jobs")
-    base = models.ForeignKey(Variant, on_delete=models.CASCADE, related_name="jobs")
-    compression_pass = models.CharField(max_length=64)
-    parameters = models.JSONField(default=dict, blank=True)
     state = models.CharField(max_length=16, choices=State, default=State.QUEUED, db_index=True)
     progress = models.FloatField(default=0)
     attempts = models.PositiveIntegerField(default=0)
     heartbeat_at = models.DateTimeField(null=True, blank=True)
     error = models.TextField(blank=True)
-    result = models.ForeignKey(Variant, null=True, blank=True, on_delete=models.SET_NULL, related_name="+")
     created_at = models.DateTimeField()
     finished_at = models.DateTimeField(null=True, blank=True)
 
     class Meta:
+        abstract = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may still come to something."""
+        return self.state in {self.State.RECEIVING, self.State.QUEUED, self.State.RUNNING}
+
+
+class Job(Work):
+    """One compression job. With ``after`` it waits for that job, and its base becomes what that one made."""
+
+    application = models.ForeignKey(Application, on_delete=models.CASCADE, related_name="jobs")
+    base = models.ForeignKey(Variant, on_delete=models.CASCADE, related_name="jobs")
+    after = models.ForeignKey("self", null=True, blank=True, on_delete=models.CASCADE, related_name="followers")
+    compression_pass = models.CharField(max_length=64)
+    parameters = models.JSONField(default=dict, blank=True)
+    result = models.ForeignKey(Variant, null=True, blank=True, on_delete=models.SET_NULL, related_name="+")
+
+    class Meta:
         ordering = ("id",)
         constraints = [
-            models.UniqueConstraint(fields=("base", "compression_pass", "parameters"), name="one_job_per_pass"),
+            models.UniqueConstraint(
+                fields=("base", "compression_pass", "parameters"),
+                condition=Q(after=None),
+                name="one_job_per_pass",
+            ),
+            models.UniqueConstraint(fields=("after", "compression_pass", "parameters"), name="one_job_per_next_pass"),
             models.CheckConstraint(condition=Q(progress__gte=0, progress__lte=1), name="job_progress_is_a_share"),
         ]
+
+
+class Upload(Work):
+    """A file on its way in, received in parts; once complete, a worker takes it in."""
+
+    class Kind(models.TextChoices):
+        MODEL = "model"
+        DATA = "data"
+        PACKAGE = "package"
+
+    id = models.CharField(primary_key=True, max_length=32)
+    application = models.ForeignKey(Application, on_delete=models.CASCADE, related_name="uploads")
+    kind = models.CharField(max_length=16, choices=Kind)
+    file_name = models.CharField(max_length=200)
+    size_bytes = models.PositiveBigIntegerField()
+    received_bytes = models.PositiveBigIntegerField(default=0)
+    sha256 = models.CharField(max_length=64, blank=True, help_text="what the sender says; empty when it does not")
+    options = models.JSONField(default=dict, blank=True)
+    actor = models.CharField(max_length=150, blank=True)
+    touched_at = models.DateTimeField(help_text="when the last part arrived")
+    result = models.ForeignKey(Variant, null=True, blank=True, on_delete=models.SET_NULL, related_name="+")
+
+    class Meta:
+        ordering = ("-created_at",)
+        constraints = [
+            models.CheckConstraint(condition=Q(received_bytes__lte=F("size_bytes")), name="upload_is_not_overfull")
+        ]
+
+    def __str__(self) -> str:
+        return self.file_name
+
+
+class UploadPart(models.Model):
+    """Bytes of an upload from ``offset`` on, under their name in the artifact storage until it is taken in."""
+
+    upload = models.ForeignKey(Upload, on_delete=models.CASCADE, related_name="parts")
+    offset = models.PositiveBigIntegerField()
+    size_bytes = models.PositiveIntegerField()
+    name = models.CharField(max_length=200)
+
+    class Meta:
+        ordering = ("offset",)
+        constraints = [models.UniqueConstraint(fields=("upload", "offset"), name="one_part_per_offset")]
 
 
 class Profile(models.Model):

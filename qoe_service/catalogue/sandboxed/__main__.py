@@ -45,7 +45,8 @@ def compress(request: dict[str, Any]) -> dict[str, Any]:
 
     data = datasets.load(DATA) if DATA.exists() else None
     checks.check(MODEL)
-    provenance = passes.apply(request["pass"], request["parameters"], MODEL, DERIVED, data)
+    task = passes.Task(MODEL, DERIVED, request["parameters"], data, lambda share: tell_progress(0.6 * share))
+    provenance = passes.apply(request["pass"], task)
     return {
         **measured(DERIVED, request["samples"], lambda share: tell_progress(0.6 + 0.3 * share)),
         "provenance": provenance,
