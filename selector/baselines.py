@@ -3,67 +3,30 @@ loaded."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selector.errors import CorruptPolicy, InvalidInput
 from selector.interactions import Candidate, Context, Interaction
+from selector.stored import LEAST_SHARE, Stored, mostly, uniform
 from selector.validation import check_candidates, check_context, check_interaction, name, number
 
+__all__ = [
+    "LEAST_SHARE",
+    "BaselinePolicy",
+    "EpsilonGreedyPolicy",
+    "FixedPerClassPolicy",
+    "FixedPolicy",
+    "PredictionPolicy",
+    "RandomPolicy",
+]
+
 Floats = NDArray[np.float64]
-LEAST_SHARE = 1e-3
 
 
-class _Stored:
-    """Bytes of a policy whose state is JSON: kind, state and a digest over both."""
-
-    kind: ClassVar[str] = ""
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able; whatever ``from_state`` needs."""
-        return {}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Self:
-        """The policy in this state."""
-        return cls(**state)
-
-    def to_bytes(self) -> bytes:
-        """The state as canonical JSON under its SHA-256."""
-        body = json.dumps({"kind": self.kind, "state": self.state()}, sort_keys=True).encode()
-        return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """Raises CorruptPolicy for anything but the bytes that ``to_bytes`` of this kind wrote."""
-        digest, _, body = data.partition(b"\n")
-        if hashlib.sha256(body).hexdigest().encode() != digest:
-            raise CorruptPolicy(f"{cls.kind} policy does not match its digest")
-        try:
-            stored = json.loads(body)
-            if stored["kind"] != cls.kind:
-                raise CorruptPolicy(f"is a {stored['kind']} policy, not {cls.kind}")
-            return cls.from_state(stored["state"])
-        except (ValueError, KeyError, TypeError, AttributeError, InvalidInput) as error:
-            raise CorruptPolicy(f"{cls.kind} policy cannot be read: {error!r}") from error
-
-
-def _uniform(count: int) -> Floats:
-    return np.full(count, 1.0 / count)
-
-
-def _mostly(best: int, count: int, epsilon: float) -> Floats:
-    shares = epsilon * _uniform(count)
-    shares[best] += 1.0 - epsilon
-    return shares
-
-
-class RandomPolicy(_Stored):
+class RandomPolicy(Stored):
     """Every candidate alike."""
 
     kind = "random"
@@ -72,7 +35,7 @@ class RandomPolicy(_Stored):
         """Uniform, shape (len(candidates),)."""
         check_context(context)
         check_candidates(candidates)
-        return _uniform(len(candidates))
+        return uniform(len(candidates))
 
     def learn(self, interaction: Interaction) -> None:
         """Checks only; there is nothing to learn."""
@@ -80,25 +43,54 @@ class RandomPolicy(_Stored):
 
 
 class FixedPolicy(RandomPolicy):
-    """One action wherever it is a candidate, else uniform."""
+    """One action wherever it is a candidate, else the first of ``fallbacks`` that is, else uniform.
+
+    Given the action that turned out best, it is the best fixed action in hindsight.
+    """
 
     kind = "fixed"
 
-    def __init__(self, action: str) -> None:
-        self._action = name("action", action)
+    def __init__(self, action: str, fallbacks: Sequence[str] = ()) -> None:
+        self._wanted = tuple(name("action", each) for each in (action, *fallbacks))
 
     def state(self) -> dict[str, Any]:
-        """The action's key."""
-        return {"action": self._action}
+        """Keys of the action and its fallbacks."""
+        return {"action": self._wanted[0], "fallbacks": list(self._wanted[1:])}
 
     def probabilities(self, context: Context, candidates: Sequence[Candidate]) -> Floats:
         """Nearly all on the action; strictly positive elsewhere."""
         check_context(context)
         check_candidates(candidates)
-        keys = [candidate.action.key for candidate in candidates]
-        if self._action not in keys:
-            return _uniform(len(keys))
-        return _mostly(keys.index(self._action), len(keys), LEAST_SHARE)
+        return _first_of(self._wanted, candidates)
+
+
+class FixedPerClassPolicy(RandomPolicy):
+    """One action for each device class: the first of its list that is a candidate; ``otherwise`` for the rest.
+
+    Given the actions that turned out best, it is the best fixed action per class in hindsight.
+    """
+
+    kind = "fixed_per_class"
+
+    def __init__(self, actions: Mapping[str, Sequence[str]], otherwise: Sequence[str] = ()) -> None:
+        self._actions = {
+            name("device_class", group): tuple(name("action", each) for each in wanted)
+            for group, wanted in actions.items()
+        }
+        self._otherwise = tuple(name("otherwise", each) for each in otherwise)
+
+    def state(self) -> dict[str, Any]:
+        """Keys of the actions by class, in order of preference."""
+        return {
+            "actions": {group: list(wanted) for group, wanted in self._actions.items()},
+            "otherwise": list(self._otherwise),
+        }
+
+    def probabilities(self, context: Context, candidates: Sequence[Candidate]) -> Floats:
+        """Nearly all on the class's action; uniform where none of its actions is a candidate."""
+        check_context(context)
+        check_candidates(candidates)
+        return _first_of((*self._actions.get(context.device_class, ()), *self._otherwise), candidates)
 
 
 class PredictionPolicy(RandomPolicy):
@@ -118,7 +110,7 @@ class PredictionPolicy(RandomPolicy):
         check_context(context)
         check_candidates(candidates)
         best = int(np.argmax([candidate.prediction.qoe for candidate in candidates]))
-        return _mostly(best, len(candidates), self._epsilon)
+        return mostly(best, len(candidates), self._epsilon)
 
 
 class BaselinePolicy(PredictionPolicy):
@@ -131,7 +123,7 @@ class BaselinePolicy(PredictionPolicy):
         """Nearly all on the baseline; strictly positive elsewhere."""
         keys = [candidate.action.key for candidate in candidates]
         shares = super().probabilities(context, candidates)
-        return _mostly(keys.index(context.baseline), len(keys), self._epsilon) if context.baseline in keys else shares
+        return mostly(keys.index(context.baseline), len(keys), self._epsilon) if context.baseline in keys else shares
 
 
 class EpsilonGreedyPolicy(RandomPolicy):
@@ -169,7 +161,7 @@ class EpsilonGreedyPolicy(RandomPolicy):
             (means.get(candidate.action.key, (0, self._optimism))[1], candidate.prediction.qoe)
             for candidate in candidates
         ]
-        return _mostly(scores.index(max(scores)), len(candidates), self._epsilon)
+        return mostly(scores.index(max(scores)), len(candidates), self._epsilon)
 
     def learn(self, interaction: Interaction) -> None:
         """Moves the mean of the chosen action in its class."""
@@ -178,3 +170,11 @@ class EpsilonGreedyPolicy(RandomPolicy):
         key = interaction.candidates[interaction.chosen].action.key
         count, mean = means.get(key, (0, 0.0))
         means[key] = (count + 1, mean + (interaction.reward - mean) / (count + 1))
+
+
+def _first_of(wanted: Sequence[str], candidates: Sequence[Candidate]) -> Floats:
+    keys = [candidate.action.key for candidate in candidates]
+    for key in wanted:
+        if key in keys:
+            return mostly(keys.index(key), len(keys), LEAST_SHARE)
+    return uniform(len(keys))
