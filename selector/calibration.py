@@ -1,24 +1,39 @@
 """Online calibration: log multipliers on predicted service time, p95 tail and CPU time, learnt from every
 lease.
 
-Each lease's log ratio measured/predicted is a sum of effects, each with its own mean and variance: overall,
-per variant and per configuration, of the device, of its class and of the fleet. One scalar Kalman step with a
-diagonal covariance shares the innovation out by variance (West & Harrison, *Bayesian Forecasting and Dynamic
-Models*, ch. 4), which gives shrinkage from device to class to fleet; process noise forgets; a redescending
-weight softens outliers (Hampel, 1974). Two surprises on the same side reopen the device's uncertainty: its
-speed has changed. A diagonal covariance cannot lose positive definiteness.
+Each lease's log ratio measured/predicted is a sum of effects (``effects.py``), each with its own mean and variance:
+one of each kind for the device, for its class and for the fleet. One scalar Kalman step with a diagonal covariance
+shares the innovation out by variance (West & Harrison, *Bayesian Forecasting and Dynamic Models*, ch. 4), which gives
+shrinkage from device to class to fleet; process noise forgets; a redescending weight softens outliers (Hampel, 1974).
+Two surprises on the same side reopen the device's uncertainty: its speed has changed. A diagonal covariance cannot
+lose positive definiteness.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from selector.effects import (
+    CPU,
+    DRIFT_VARIANCE,
+    KINDS,
+    OVERALL,
+    PRIOR_VARIANCE,
+    QUANTITIES,
+    SCOPES,
+    SERVICE,
+    TAIL,
+    VARIANT,
+    EffectTable,
+    names_of,
+)
 from selector.errors import InvalidInput
 from selector.interactions import Context, Interaction
 from selector.queueing import sojourn
@@ -27,55 +42,27 @@ from selector.validation import check_interaction, number
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
-SERVICE, TAIL, CPU = QUANTITIES = ("service", "tail", "cpu")
-SCOPES = ("fleet", "class", "device")
-OVERALL, VARIANT, CONFIGURATION = KINDS = ("overall", "variant", "configuration")
-
-# Standard deviations of the effects before anything is known, by quantity, kind and scope (fleet, class,
-# device).
-PRIOR_SD: dict[str, dict[str, tuple[float, float, float]]] = {
-    SERVICE: {OVERALL: (0.12, 0.15, 0.30), VARIANT: (0.10, 0.10, 0.12), CONFIGURATION: (0.08, 0.06, 0.06)},
-    TAIL: {OVERALL: (0.15, 0.15, 0.30), VARIANT: (0.05, 0.05, 0.10), CONFIGURATION: (0.08, 0.06, 0.10)},
-    CPU: {OVERALL: (0.20, 0.20, 0.20), VARIANT: (0.10, 0.10, 0.10), CONFIGURATION: (0.08, 0.06, 0.06)},
-}
-PRIOR_VARIANCE = {
-    (quantity, kind): tuple(sd**2 for sd in sds) for quantity, kinds in PRIOR_SD.items() for kind, sds in kinds.items()
-}
-# How far an effect may wander from one of its leases to the next.
-DRIFT_SD = {OVERALL: (0.005, 0.01, 0.03), VARIANT: (0.002, 0.005, 0.015), CONFIGURATION: (0.002, 0.005, 0.01)}
 # Noise of one lease's log ratio: what no effect explains, and what shrinks with the number of requests.
 LEASE_SD = {SERVICE: 0.08, TAIL: 0.20, CPU: 0.08}
 REQUEST_SD = {SERVICE: 0.30, TAIL: 1.50, CPU: 0.30}
 PERCENTILE_SD = 0.20
 OUTLIER_Z = 2.5
-SURPRISE_Z = 1.5
+SURPRISE_Z = 1.3
 TAIL_UTILISATION_LIMIT = 0.95
 LARGEST_LOG_RATIO = 5.0
 # A shorter time was not measured, whatever was sent: its ratio may be 0, which has no logarithm.
 LEAST_MEASURED_MS = 1e-6
 
 
+_NOTHING: Mapping[str, Any] = {}
 # Effects of one scope, and one effect in them: kind, name, level of the scope, mean, variance.
 _Part = tuple[Row, str, str, int, float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
-    """The effects that one action has, by kind, for one quantity."""
-
-    overall: str
-    variant: str
-    configuration: str
-
-    def by_kind(self) -> tuple[tuple[str, str], ...]:
-        """Pairs (kind, name)."""
-        return (OVERALL, self.overall), (VARIANT, self.variant), (CONFIGURATION, self.configuration)
-
-
-@dataclass(frozen=True, slots=True)
 class Correction:
-    """Log multiplier: mean and variance, and the share of the device x variant uncertainty that is left; one
-    shape."""
+    """Log multipliers, mean and variance of shape (quantities, actions) in the order of ``QUANTITIES``, and the share
+    of the device x variant uncertainty of service time that is left, shape (actions,)."""
 
     mean: Floats
     variance: Floats
@@ -89,13 +76,6 @@ def scopes_of(context: Context) -> tuple[str, str, str]:
     ('fleet', 'class:pi4', 'device:pi-7')
     """
     return "fleet", f"class:{context.device_class}", f"device:{context.device}"
-
-
-def names_of(quantity: str, source: str, digest: str, configuration: str) -> Names:
-    """Effect names. Offsets learnt against a borrowed profile say nothing about the device's own one: kept
-    apart."""
-    family = "" if quantity == TAIL else "own" if source.startswith("device") else source
-    return Names(f"{OVERALL}:{family}", f"{VARIANT}:{family}:{digest[:12]}", f"{CONFIGURATION}:{configuration}")
 
 
 class Calibration:
@@ -126,20 +106,22 @@ class Calibration:
         """Which state a prediction for this context uses."""
         return {scope: int(self._rows.get(scope, {}).get("revision", 0)) for scope in scopes_of(context)}
 
-    def effects(self, quantity: str, kind: str, context: Context, names: Sequence[str]) -> Floats:
-        """Named effects summed over fleet, class and device, shape (len(names), 3): mean, variance of the log
-        multiplier, and the share of the device's own uncertainty that is left."""
-        known = [self._rows.get(scope, {}).get(quantity, {}) for scope in scopes_of(context)]
-        fleet_prior, class_prior, device_prior = PRIOR_VARIANCE[quantity, kind]
-        sums: dict[str, tuple[float, float, float]] = {}
-        for name in names:
-            if name not in sums:
-                fleet = known[0].get(name) or (0.0, fleet_prior)
-                group = known[1].get(name) or (0.0, class_prior)
-                device = known[2].get(name) or (0.0, device_prior)
-                variance = fleet[1] + group[1] + device[1]
-                sums[name] = fleet[0] + group[0] + device[0], variance, device[1] / device_prior
-        return np.array([sums[name] for name in names], dtype=np.float64).reshape(len(names), 3)
+    def correction(self, context: Context, effects: EffectTable) -> Correction:
+        """What is known about all actions of a table: their effects summed over kinds and over fleet, class and
+        device."""
+        rows = [self._rows.get(scope, _NOTHING) for scope in scopes_of(context)]
+        found = (
+            map(row.get(quantity, _NOTHING).get, effects.names, effects.defaults[level][place])
+            for level, row in enumerate(rows)
+            for place, quantity in enumerate(QUANTITIES)
+        )
+        count = len(effects.names)
+        flat = chain.from_iterable(chain.from_iterable(found))
+        shape = (len(SCOPES), len(QUANTITIES), count, 2)
+        known = np.fromiter(flat, np.float64, math.prod(shape)).reshape(shape)
+        left = known[-1, 0, :, 1] / effects.device_prior
+        total = known.sum(axis=0)[:, effects.index].sum(axis=1)
+        return Correction(total[..., 0], total[..., 1], left[effects.index[KINDS.index(VARIANT)]])
 
     def update(self, interaction: Interaction) -> set[str]:
         """Learn from one closed lease; returns the scopes that changed.
@@ -206,21 +188,21 @@ class Calibration:
 
     def _known(self, quantity: str, interaction: Interaction) -> float:
         """Log multiplier of the chosen action as it is known now."""
-        parts = _names(quantity, interaction).by_kind()
-        return float(sum(self.effects(quantity, kind, interaction.context, [name])[0, 0] for kind, name in parts))
+        rows = [self._rows.get(scope, _NOTHING).get(quantity, _NOTHING) for scope in scopes_of(interaction.context)]
+        return float(sum(row[name][0] for name in _names(interaction) for row in rows if name in row))
 
     def _step(self, quantity: str, interaction: Interaction, log_ratio: float, noise: float) -> bool:
-        """One Kalman step over the nine effects of the chosen action."""
+        """One Kalman step over all effects of the chosen action."""
         rows = [self._rows.setdefault(scope, {"revision": 0}) for scope in scopes_of(interaction.context)]
+        names = _names(interaction)
         parts: list[_Part] = []
         for level, row in enumerate(rows):
             effects = row.setdefault(quantity, {})
-            for kind, name in _names(quantity, interaction).by_kind():
+            for kind, name in zip(KINDS, names, strict=True):
                 prior = PRIOR_VARIANCE[quantity, kind][level]
                 mean, variance = effects.get(name, (0.0, prior))
-                parts.append(
-                    (effects, kind, name, level, mean, max(min(variance + DRIFT_SD[kind][level] ** 2, prior), variance))
-                )
+                wandered = variance + DRIFT_VARIANCE[kind][level]
+                parts.append((effects, kind, name, level, mean, max(min(wandered, prior), variance)))
         log_ratio = min(max(log_ratio, -LARGEST_LOG_RATIO), LARGEST_LOG_RATIO)
         innovation = log_ratio - sum(part[4] for part in parts)
         spread = math.sqrt(sum(part[5] for part in parts) + noise)
@@ -238,10 +220,9 @@ def _is_measured(time_ms: float | None) -> TypeGuard[float]:
     return time_ms is not None and time_ms >= LEAST_MEASURED_MS
 
 
-def _names(quantity: str, interaction: Interaction) -> Names:
+def _names(interaction: Interaction) -> tuple[str, ...]:
     candidate = interaction.candidates[interaction.chosen]
-    action = candidate.action
-    return names_of(quantity, candidate.prediction.source, action.variant.digest, action.configuration.key)
+    return names_of(candidate.prediction.source, candidate.action)
 
 
 def _expected(interaction: Interaction, log_multiplier: float) -> tuple[float, float, float]:
@@ -262,7 +243,7 @@ def _expected(interaction: Interaction, log_multiplier: float) -> tuple[float, f
 def _is_changed(row: Row, quantity: str, z: float) -> bool:
     """Whether the device has surprised twice on the same side; the memory of surprises stays in its row."""
     memory = row.setdefault("surprise", {})
-    clipped = min(max(z, -3.0), 3.0)
+    clipped = min(max(z, -2.5), 2.5)
     memory[quantity] = 0.5 * memory.get(quantity, 0.0) + 0.5 * clipped
     if abs(memory[quantity]) <= SURPRISE_Z:
         return False
@@ -274,7 +255,7 @@ def _reopened(part: _Part, innovation: float) -> _Part:
     """The device's overall effect made so uncertain that the innovation is no outlier any more."""
     effects, kind, name, level, mean, variance = part
     if kind == OVERALL and SCOPES[level] == "device":
-        variance = max(variance, min((innovation / 2.0) ** 2, LARGEST_LOG_RATIO))
+        variance = max(variance, min(innovation**2, LARGEST_LOG_RATIO))
     return effects, kind, name, level, mean, variance
 
 

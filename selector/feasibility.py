@@ -3,7 +3,7 @@ read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,39 +24,42 @@ def hard_masks(
     table: ActionTable,
     memory_bytes: NDArray[np.float64],
     bans: Mapping[str, str],
-) -> list[tuple[str, ...]]:
-    """Reasons per action why it must not be taken; empty where it may.
+) -> dict[int, tuple[str, ...]]:
+    """Reasons why an action must not be taken, by index; an action that may be taken is not in it.
 
     ``memory_bytes`` (actions,) is what each needs. ``bans`` maps an action key, a whole digest or its first
     12 characters to a reason. The running variant is already in memory and needs no more; unknown free memory
     (0) forbids nothing.
     """
-    variant_masks = [_variant_masks(context, table, index, bans) for index in range(len(table.variants))]
-    masks = [variant_masks[index] for index in table.variant]
-    running = (context.incumbent or "").split("/")[0]
+    masks: dict[int, tuple[str, ...]] = {}
+
+    def forbid(indices: Iterable[int], reason: str) -> None:
+        for index in indices:
+            masks[index] = (*masks.get(index, ()), reason)
+
+    forbid(_where(table.accuracy < context.minimum_accuracy), ACCURACY)
+    if context.supported_operators:
+        lacking = [not variant.operators <= context.supported_operators for variant in table.variants]
+        forbid(_where(np.array(lacking)[table.variant]), OPERATORS)
+    if bans:
+        for place, variant in enumerate(table.variants):
+            reason = bans.get(variant.digest, bans.get(variant.digest[:12]))
+            if reason is not None:
+                forbid(_where(table.variant == place), f"{BANNED}:{reason}")
     if context.memory_free_bytes > 0:
-        for index in np.flatnonzero(memory_bytes > context.memory_free_bytes):
-            if not running or table.keys[index].split("/")[0] != running:
-                masks[index] = (*masks[index], MEMORY)
-    for index in np.flatnonzero(table.threads > context.cores):
-        masks[index] = (*masks[index], THREADS)
+        running = (context.incumbent or "").split("/")[0]
+        short = _where(memory_bytes > context.memory_free_bytes)
+        forbid((index for index in short if not running or table.keys[index].split("/")[0] != running), MEMORY)
+    forbid(_where(table.threads > context.cores), THREADS)
     for key, reason in bans.items():
         if key in table.position:
-            masks[table.position[key]] = (*masks[table.position[key]], f"{BANNED}:{reason}")
+            forbid((table.position[key],), f"{BANNED}:{reason}")
     return masks
 
 
-def _variant_masks(context: Context, table: ActionTable, index: int, bans: Mapping[str, str]) -> tuple[str, ...]:
-    variant = table.variants[index]
-    masks: list[str] = []
-    if variant.accuracy < context.minimum_accuracy:
-        masks.append(ACCURACY)
-    if context.supported_operators and not variant.operators <= context.supported_operators:
-        masks.append(OPERATORS)
-    reason = bans.get(variant.digest, bans.get(variant.digest[:12]))
-    if reason is not None:
-        masks.append(f"{BANNED}:{reason}")
-    return tuple(masks)
+def _where(mask: NDArray[np.bool_]) -> list[int]:
+    found: list[int] = np.flatnonzero(mask).tolist()
+    return found
 
 
 def slo_violation_is_likely(probability: NDArray[np.float64], limit: float) -> NDArray[np.bool_]:

@@ -7,7 +7,7 @@ in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -144,7 +144,7 @@ class Ranking:
     ``candidates[chosen].probability``.
     """
 
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
     chosen: int
     seed: int
     kind: str
@@ -193,7 +193,7 @@ class Interaction:
 
     decision_id: str
     context: Context
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
     chosen: int
     measurement: Measurement
     reward: float

@@ -6,27 +6,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from selector.actions import ActionTable
-from selector.calibration import (
-    CONFIGURATION,
-    CPU,
-    OVERALL,
-    SERVICE,
-    TAIL,
-    VARIANT,
-    Calibration,
-    Correction,
-    names_of,
-    scopes_of,
-)
+from selector.calibration import Calibration, scopes_of
+from selector.effects import effect_table
 from selector.interactions import Context, Profile
-from selector.profiles import ProfileBook, ServiceColumns, ServiceTime, profile_book
-from selector.queueing import normal_cdf, share_within, sojourn
+from selector.profiles import ProfileBook, ServiceTime, profile_book
+from selector.queueing import SMALLEST_SPREAD, Z_95, normal_cdf, sojourn_columns
 
 __all__ = ["Calibration", "LatencyModel", "Predicted", "ProfileBook", "ServiceTime", "scopes_of"]
 
@@ -70,26 +59,26 @@ class LatencyModel:
     def predict(self, context: Context, table: ActionTable) -> Predicted:
         """Predictions of all actions, whatever the load."""
         times = self._book.columns(table, context.cores)
-        service, tail, cpu = (self._correction(quantity, context, table, times) for quantity in (SERVICE, TAIL, CPU))
+        known = self._calibration.correction(context, effect_table(table, times.source))
+        service, tail, cpu = np.exp(known.mean)
         crowd = _contention(context, table, times.a_ms + times.b_ms)
         raw_a, raw_b = times.a_ms * crowd, np.maximum(times.b_ms * crowd, 1e-6)
-        factor = np.exp(service.mean)
-        queue = sojourn(
-            raw_a * factor, raw_b * factor, table.max_batch, table.max_concurrency, context.arrival_rate_rps
+        queue = sojourn_columns(
+            raw_a * service, raw_b * service, table.max_batch, table.max_concurrency, context.arrival_rate_rps
         )
         raw_cpu = (times.a_ms + times.b_ms / queue.batch) * np.minimum(table.threads, context.cores)
-        p95_ms: Floats = np.maximum(queue.p95_ms * np.exp(tail.mean), queue.p50_ms * 1.02)
+        p95_ms: Floats = np.maximum(queue.p95_ms * tail, queue.p50_ms * 1.02)
         steepness = 1.0 / np.maximum(1.0 - queue.utilisation, 1.0 / LARGEST_SENSITIVITY)
-        known = service.variance + times.log_sd**2 * service.unknown
-        log_sd: Floats = np.sqrt(steepness**2 * (known + NOISE_SD**2) + tail.variance)
-        late = 1.0 - normal_cdf((math.log(context.slo_p95_ms) - np.log(p95_ms)) / log_sd)
+        unsure = known.variance[0] + times.log_sd**2 * known.unknown
+        log_sd: Floats = np.sqrt(steepness**2 * (unsure + NOISE_SD**2) + known.variance[1])
+        late, within = _shares(context.slo_p95_ms, queue.p50_ms, p95_ms, log_sd, steepness**2 * unsure)
         return Predicted(
             p50_ms=queue.p50_ms,
             p95_ms=p95_ms,
             log_sd=log_sd,
-            cpu_ms_per_request=raw_cpu * np.exp(cpu.mean),
+            cpu_ms_per_request=raw_cpu * cpu,
             slo_violation_probability=late,
-            slo_hit_share=share_within(context.slo_p95_ms, queue.p50_ms, p95_ms, steepness * np.sqrt(known)),
+            slo_hit_share=within,
             service_ms=queue.service_ms,
             batch=queue.batch,
             raw_a_ms=raw_a,
@@ -99,28 +88,14 @@ class LatencyModel:
             source=times.source,
         )
 
-    def _correction(self, quantity: str, context: Context, table: ActionTable, times: ServiceColumns) -> Correction:
-        """Log multipliers per action; effects are looked up once per pair and per configuration."""
-        overalls, variants = _pair_names(quantity, times.pair_source, table.pair_digests)
-        bounds = _configuration_names(quantity, table.configuration_keys)
-        overall = self._calibration.effects(quantity, OVERALL, context, overalls)
-        variant = self._calibration.effects(quantity, VARIANT, context, variants)
-        configuration = self._calibration.effects(quantity, CONFIGURATION, context, bounds)
-        total = (overall + variant)[table.pair] + configuration[table.configuration]
-        return Correction(total[:, 0], total[:, 1], variant[table.pair, 2])
 
-
-@lru_cache(maxsize=256)
-def _pair_names(
-    quantity: str, sources: tuple[str, ...], digests: tuple[str, ...]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    names = [names_of(quantity, source, digest, "") for source, digest in zip(sources, digests, strict=True)]
-    return tuple(each.overall for each in names), tuple(each.variant for each in names)
-
-
-@lru_cache(maxsize=256)
-def _configuration_names(quantity: str, keys: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(names_of(quantity, "", "", key).configuration for key in keys)
+def _shares(limit_ms: float, p50_ms: Floats, p95_ms: Floats, log_sd: Floats, variance: Floats) -> tuple[Floats, Floats]:
+    """Probability that p95 misses the limit, and expected share of requests within it if latency is lognormal with
+    these percentiles, its level known up to ``variance``."""
+    limit, logs = math.log(limit_ms), np.log((p50_ms, p95_ms))
+    spread = np.maximum((logs[1] - logs[0]) / Z_95, SMALLEST_SPREAD)
+    late, within = normal_cdf(((logs[1] - limit) / log_sd, (limit - logs[0]) / np.sqrt(spread**2 + variance)))
+    return late, within
 
 
 def _contention(context: Context, table: ActionTable, one_ms: Floats) -> Floats:

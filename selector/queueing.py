@@ -11,7 +11,7 @@ exactly Pollaczek-Khinchine's.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +23,8 @@ STEEP_FROM = 0.95
 LONGEST_MS = 1e7
 Z_95 = 1.6448536269514722
 SMALLEST_SPREAD = 0.05
+# Shares above p50 and p95, one row each.
+_TAILS = np.array([[0.5], [0.05]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +76,33 @@ def sojourn(
     >>> bool(np.isfinite(sojourn(0.0, 10.0, 1, 1, 1e6).p95_ms))
     True
     """
-    a, b, largest, c, rate = np.broadcast_arrays(
+    columns = np.broadcast_arrays(
         *(np.asarray(each, dtype=np.float64) for each in (a_ms, b_ms, max_batch, servers, rate_rps))
     )
-    size = batch_size(a, b, largest, c, rate)
+    flat = sojourn_columns(*(each.ravel() for each in columns), service_scv=service_scv)
+    return QueueEstimate(**{each.name: getattr(flat, each.name).reshape(columns[0].shape) for each in fields(flat)})
+
+
+def sojourn_columns(
+    a: Floats, b: Floats, largest: Floats, c: Floats, rate: Floats | float, *, service_scv: float = 0.02
+) -> QueueEstimate:
+    """The same for arrays of one shape, (actions,), and one rate."""
+    per_ms = rate / 1000.0
+    size: Floats = np.minimum(np.maximum(per_ms * b / np.maximum(c - per_ms * a, 1e-9), 1.0), largest)
     service = a * size + b
-    full = a * largest + b
-    rho = rate / 1000.0 * full / (largest * c)
+    full = (a * largest + b) / (largest * c)
+    rho = per_ms * full
     # How often an arrival finds all servers busy: by requests alone at light load, by batches once they form.
-    busy = np.minimum(rate / 1000.0 * service / (size * c), 1.0) ** (np.sqrt(2.0 * (c + 1.0)) - 1.0)
+    busy = np.minimum(per_ms * service / (size * c), 1.0) ** (np.sqrt(2.0 * (c + 1.0)) - 1.0)
     residual = service / c
-    behind = (1.0 + service_scv) / 2.0 * np.minimum(rho, 1.0) * _slowdown(rho) * full / (largest * c)
-    p50, p95 = (_quantile(share, busy, residual, behind, service) for share in (0.5, 0.95))
+    behind = (1.0 + service_scv) / 2.0 * np.minimum(rho, 1.0) * _slowdown(rho) * full
+    # No wait with probability 1 - busy, else the rest of a service and an exponential queue.
+    waiting = np.maximum(1.0 - _TAILS / np.maximum(busy, 1e-12), 0.0)
+    waits = waiting * residual - np.log1p(-np.minimum(waiting, 0.999)) * behind
     spread = Z_95 * math.sqrt(service_scv) * service
     return QueueEstimate(
-        p50_ms=np.minimum(p50, LONGEST_MS),
-        p95_ms=np.minimum(np.hypot(p95 - service, spread) + service, LONGEST_MS),
+        p50_ms=np.minimum(service + waits[0], LONGEST_MS),
+        p95_ms=np.minimum(service + np.hypot(waits[1], spread), LONGEST_MS),
         mean_ms=np.minimum(service + busy * ((1.0 + service_scv) * residual / 2.0 + behind), LONGEST_MS),
         utilisation=rho,
         batch=size,
@@ -100,14 +113,8 @@ def sojourn(
 def _slowdown(rho: Floats) -> Floats:
     """1/(1-rho), continued by its tangent above STEEP_FROM."""
     steep = 1.0 / (1.0 - STEEP_FROM)
-    return np.where(rho < STEEP_FROM, 1.0 / (1.0 - np.minimum(rho, STEEP_FROM)), steep + steep**2 * (rho - STEEP_FROM))
-
-
-def _quantile(share: float, busy: Floats, residual: Floats, behind: Floats, service: Floats) -> Floats:
-    """Quantile of the sojourn: no wait with probability 1 - busy, else the rest of a service and an
-    exponential queue."""
-    waiting = np.clip((share - (1.0 - busy)) / np.maximum(busy, 1e-12), 0.0, 0.999)
-    return np.asarray(service + waiting * residual - np.log1p(-waiting) * behind, dtype=np.float64)
+    slowdown: Floats = 1.0 / (1.0 - np.minimum(rho, STEEP_FROM)) + steep**2 * np.maximum(rho - STEEP_FROM, 0.0)
+    return slowdown
 
 
 def normal_cdf(z: ArrayLike) -> Floats:
@@ -116,12 +123,12 @@ def normal_cdf(z: ArrayLike) -> Floats:
     >>> [round(float(p), 4) for p in normal_cdf([-1.6449, 0.0, 1.96])]
     [0.05, 0.5, 0.975]
     """
-    x = np.asarray(z, dtype=np.float64) / math.sqrt(2.0)
+    x = np.asarray(z, dtype=np.float64) * math.sqrt(0.5)
     size = np.abs(x)
     t = 1.0 / (1.0 + 0.3275911 * size)
     poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = np.asarray(0.5 * poly * np.exp(-np.minimum(size * size, 700.0)), dtype=np.float64)
-    return np.asarray(np.where(x >= 0, 1.0 - tail, tail), dtype=np.float64)
+    inside = 1.0 - poly * np.exp(-np.minimum(size * size, 700.0))
+    return np.asarray(0.5 + np.copysign(0.5, x) * inside, dtype=np.float64)
 
 
 def share_within(limit_ms: ArrayLike, p50_ms: ArrayLike, p95_ms: ArrayLike, log_sd: ArrayLike = 0.0) -> Floats:

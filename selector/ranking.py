@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from selector.actions import ActionTable, action_table
 from selector.calibration import Calibration
+from selector.candidates import Candidates
 from selector.errors import InvalidInput, NoFeasibleAction
 from selector.feasibility import SLO_VIOLATION_LIKELY, hard_masks, slo_violation_is_likely
-from selector.interactions import Action, Candidate, Context, Prediction, Profile, Ranking
+from selector.interactions import Action, Context, Profile, Ranking
 from selector.latency import LatencyModel, Predicted
 from selector.policy import Policy, checked, sample, seed_of
 from selector.reward import QoeFormula
@@ -84,22 +85,28 @@ def rank(
     name("decision_id", decision_id)
     check_context(context)
     table = action_table(actions)
-    model = LatencyModel(profiles, calibration)
-    scored = _score(context, table, model, formula=formula, exploration=exploration, bans=bans)
+    scored = _score(
+        context,
+        table,
+        LatencyModel(profiles, calibration),
+        formula=formula,
+        exploration=exploration,
+        bans=bans,
+    )
     preferred = np.zeros(len(table.actions))
     shortlist: list[int] = []
     if policy is not None:
         shortlist = scored.shortlist(context, exploration.shortlist_size)
-        listed = [scored.candidate(index, True, 0.0) for index in shortlist]
+        listed = [scored.candidates[index] for index in shortlist]
         preferred[shortlist] = checked(policy.probabilities(context, listed), len(listed))
     fixed = table.position.get(best_fixed) if best_fixed is not None else None
     parts = mixture(preferred, scored.feasible, fixed, exploration, policy is not None)
-    marginal = np.sum(list(parts.values()), axis=0)
+    marginal: Floats = sum(parts.values(), start=np.zeros(len(preferred)))
     marginal /= marginal.sum()
     seed = seed_of(decision_id)
     chosen = sample(marginal, seed)
     return Ranking(
-        candidates=scored.candidates(frozenset(shortlist), marginal),
+        candidates=scored.candidates.sampled_with(marginal, frozenset(shortlist)),
         chosen=chosen,
         seed=seed,
         kind=_kind(parts, chosen, seed),
@@ -152,13 +159,12 @@ def _kind(parts: dict[str, Floats], chosen: int, seed: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """All actions of one decision with predictions and masks; columns of shape (actions,)."""
+    """All actions of one decision with predictions and masks; masks of shape (actions,)."""
 
     table: ActionTable
-    predictions: list[Prediction]
-    hard: list[tuple[str, ...]]
-    soft: Mask
+    candidates: Candidates
     feasible: Mask
+    soft: Mask
 
     def shortlist(self, context: Context, size: int) -> list[int]:
         """Indices of the best by predicted QoE, ascending; incumbent and baseline always; soft-masked if
@@ -169,23 +175,9 @@ class _Scored:
         position = self.table.position
         wanted = dict.fromkeys(key for key in (context.incumbent, context.baseline) if key in position)
         forced = [position[key] for key in wanted if key is not None and self.feasible[position[key]]]
-        qoe = np.array([each.qoe for each in self.predictions])
-        order = np.argsort(-qoe, kind="stable")
-        best = [index for index in order[eligible[order]].tolist() if index not in forced]
+        order = np.argsort(np.where(eligible, -self.candidates.qoe, np.inf), kind="stable")[: int(eligible.sum())]
+        best = [index for index in order[:size].tolist() if index not in forced]
         return sorted(forced + best[: max(size - len(forced), 0)])
-
-    def candidate(self, index: int, shortlisted: bool, probability: float) -> Candidate:
-        """One action as it is logged."""
-        soft = (SLO_VIOLATION_LIKELY,) if self.soft[index] else ()
-        action, prediction = self.table.actions[index], self.predictions[index]
-        return Candidate(action, prediction, self.hard[index], soft, shortlisted, probability)
-
-    def candidates(self, shortlist: frozenset[int], marginal: Floats) -> tuple[Candidate, ...]:
-        """All actions as they are logged."""
-        soft = [(SLO_VIOLATION_LIKELY,) if likely else () for likely in self.soft.tolist()]
-        listed = [index in shortlist for index in range(len(soft))]
-        columns = (self.table.actions, self.predictions, self.hard, soft, listed, marginal.tolist())
-        return tuple(map(Candidate, *columns))
 
 
 def _score(
@@ -201,30 +193,11 @@ def _score(
         raise NoFeasibleAction({})
     predicted = model.predict(context, table)
     hard = hard_masks(context, table, predicted.memory_bytes, bans)
-    feasible = np.array([not masks for masks in hard], dtype=np.bool_)
-    if not feasible.any():
-        raise NoFeasibleAction(dict(zip(table.keys, hard, strict=True)))
+    if len(hard) == len(table.actions):
+        raise NoFeasibleAction({key: hard[index] for index, key in enumerate(table.keys)})
+    feasible = np.ones(len(table.actions), dtype=np.bool_)
+    feasible[list(hard)] = False
     soft = slo_violation_is_likely(predicted.slo_violation_probability, exploration.slo_violation_limit)
+    reasons = dict.fromkeys(np.flatnonzero(soft).tolist(), (SLO_VIOLATION_LIKELY,))
     qoe = expected_qoe(context, table, predicted, formula)
-    return _Scored(table, _predictions(predicted, qoe), hard, soft, feasible)
-
-
-def _predictions(predicted: Predicted, qoe: Floats) -> list[Prediction]:
-    """One per action, rounded to what is worth logging."""
-    columns = np.stack(
-        (
-            predicted.p50_ms,
-            predicted.p95_ms,
-            predicted.log_sd,
-            predicted.cpu_ms_per_request,
-            predicted.slo_violation_probability,
-            qoe,
-            predicted.service_ms,
-            predicted.batch,
-            predicted.slo_hit_share,
-            predicted.raw_a_ms,
-            predicted.raw_b_ms,
-            predicted.raw_cpu_ms,
-        )
-    ).round(6)
-    return list(map(Prediction, *columns.tolist(), predicted.source))
+    return _Scored(table, Candidates(table, predicted, qoe, hard=hard, soft=reasons), feasible, soft)

@@ -114,6 +114,7 @@ def interaction_from_record(record: Mapping[str, Any]) -> Interaction:
 
 def candidates_record(candidates: Sequence[Candidate]) -> Record:
     """Candidates as columns; variants and configurations once, referred to by position."""
+    candidates = tuple(candidates)
     variants = list({id(each.action.variant): each.action.variant for each in candidates}.values())
     configurations = list(dict.fromkeys(each.action.configuration for each in candidates))
     variant_at = {id(variant): index for index, variant in enumerate(variants)}
