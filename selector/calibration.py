@@ -20,6 +20,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from selector.budget import Standing, baseline_candidate, standing_of
 from selector.effects import (
     CPU,
     DRIFT_VARIANCE,
@@ -126,30 +127,40 @@ class Calibration:
     def update(self, interaction: Interaction) -> set[str]:
         """Learn from one closed lease; returns the scopes that changed.
 
-        Uses only what the interaction records: raw predictions, context, measurement. Nothing happens if
-        there is nothing to compare (no requests, no measured time, an old record without raw predictions).
-        Raises InvalidInput.
+        Uses only what the interaction records: raw predictions, context, measurement, and the reward for the standing
+        against the baseline. Without anything to compare (no requests, no measured time, an old record without raw
+        predictions, no baseline) nothing is learnt. Raises InvalidInput.
         """
         check_interaction(interaction)
+        scopes = scopes_of(interaction.context)
+        has_effects = self._learn_effects(interaction)
+        baseline = baseline_candidate(interaction.candidates, interaction.context.baseline)
+        changed = set(scopes) if has_effects else set()
+        if baseline is not None:
+            changed |= {scopes[0], scopes[-1]}
+        for scope in changed:
+            self._rows.setdefault(scope, {"revision": 0})["revision"] += 1
+        if baseline is not None:
+            for scope in (scopes[0], scopes[-1]):
+                row = self._rows[scope]
+                row["standing"] = standing_of(row).learnt(interaction, baseline).as_row()
+        return changed
+
+    def _learn_effects(self, interaction: Interaction) -> bool:
         prediction = interaction.candidates[interaction.chosen].prediction
         if (
             interaction.measurement.requests <= 0
             or not prediction.source
             or prediction.raw_a_ms + prediction.raw_b_ms <= 0
         ):
-            return set()
-        learnt = [
-            self._learn_service(interaction),
-            self._learn_tail(interaction),
-            self._learn_cpu(interaction),
-        ]
-        if not any(learnt):
-            return set()
-        scopes = scopes_of(interaction.context)
-        for scope in scopes:
-            row = self._rows.setdefault(scope, {"revision": 0})
-            row["revision"] += 1
-        return set(scopes)
+            return False
+        learnt = self._learn_service(interaction), self._learn_tail(interaction), self._learn_cpu(interaction)
+        return any(learnt)
+
+    def standings(self, context: Context) -> tuple[Standing, Standing]:
+        """How the fleet and the device stand against their baseline."""
+        fleet, _, device = scopes_of(context)
+        return standing_of(self._rows.get(fleet, _NOTHING)), standing_of(self._rows.get(device, _NOTHING))
 
     def _learn_service(self, interaction: Interaction) -> bool:
         measurement = interaction.measurement
@@ -280,6 +291,8 @@ def _checked_row(scope: str, row: Mapping[str, Any]) -> Row:
                 str(name): _checked_effect(f"{scope}.{quantity}.{name}", effect)
                 for name, effect in row[quantity].items()
             }
+    if "standing" in row:
+        checked["standing"] = Standing.from_row(f"{scope}.standing", row["standing"]).as_row()
     if isinstance(row.get("surprise"), Mapping):
         checked["surprise"] = {
             str(name): number(f"{scope}.surprise", value, -3, 3) for name, value in row["surprise"].items()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from selector.actions import ActionTable
 from selector.interactions import Candidate, Prediction
-from selector.latency import Predicted
+
+if TYPE_CHECKING:
+    from selector.latency import Predicted
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -66,6 +68,11 @@ class Candidates(Sequence[Candidate]):
         made._probability, made._shortlist = probability, shortlist
         return made
 
+    def named(self, key: str) -> Candidate | None:
+        """The candidate with this action key."""
+        place = self._table.position.get(key)
+        return None if place is None else self[place]
+
     @property
     def qoe(self) -> Floats:
         """Predicted QoE, shape (actions,)."""
@@ -85,10 +92,10 @@ class Candidates(Sequence[Candidate]):
             return tuple(self[each] for each in range(*index.indices(len(self))))
         action = self._table.actions[index]
         place = index if index >= 0 else index + len(self)
-        numbers: list[Any] = self._numbers[:, place].tolist()
+        parts: list[Any] = [*self._numbers[:, place].tolist(), self._source[place]]
         return Candidate(
             action,
-            Prediction(*numbers, self._source[place]),
+            Prediction(*parts),
             self._hard.get(place, ()),
             self._soft.get(place, ()),
             place in self._shortlist,

@@ -16,6 +16,9 @@ ACCURACY = "accuracy_below_minimum"
 THREADS = "threads_above_cores"
 OPERATORS = "operators"
 BANNED = "banned"
+PUSH_DEFERRED = "push_deferred"
+LOW_BATTERY_SHARE = 0.15
+EXPLORATION_BUDGET = "exploration_budget"
 SLO_VIOLATION_LIKELY = "slo_violation_likely"
 
 
@@ -51,10 +54,33 @@ def hard_masks(
         short = _where(memory_bytes > context.memory_free_bytes)
         forbid((index for index in short if not running or table.keys[index].split("/")[0] != running), MEMORY)
     forbid(_where(table.threads > context.cores), THREADS)
+    if is_push_deferred(context):
+        present = on_device(context, table)[table.variant]
+        if present.any():
+            forbid(_where(~present), PUSH_DEFERRED)
     for key, reason in bans.items():
         if key in table.position:
             forbid((table.position[key],), f"{BANNED}:{reason}")
     return masks
+
+
+def is_push_deferred(context: Context) -> bool:
+    """Whether nothing should be downloaded now: on a metered network, or on a battery that is low and not charging.
+
+    >>> is_push_deferred(Context("d", "phone", "digits", 1.0, 50.0, features={"network": "metered"}))
+    True
+    """
+    features = context.features
+    battery = features.get("battery", 1.0)
+    is_low = isinstance(battery, float) and battery < LOW_BATTERY_SHARE and features.get("charging", 0.0) != 1.0
+    return features.get("network") == "metered" or is_low
+
+
+def on_device(context: Context, table: ActionTable) -> NDArray[np.bool_]:
+    """Which variants run or are stored on the device, shape (variants,): they need no download."""
+    running = (context.incumbent or "").split("/")[0]
+    cached = context.cached_digests
+    return np.array([each.digest in cached or each.digest[:12] == running for each in table.variants], dtype=np.bool_)
 
 
 def _where(mask: NDArray[np.bool_]) -> list[int]:

@@ -10,10 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selector.actions import ActionTable, action_table
+from selector.budget import Standing, uncovered
 from selector.calibration import Calibration
 from selector.candidates import Candidates
 from selector.errors import InvalidInput, NoFeasibleAction
-from selector.feasibility import SLO_VIOLATION_LIKELY, hard_masks, slo_violation_is_likely
+from selector.feasibility import (
+    EXPLORATION_BUDGET,
+    SLO_VIOLATION_LIKELY,
+    hard_masks,
+    on_device,
+    slo_violation_is_likely,
+)
 from selector.interactions import Action, Context, Profile, Ranking
 from selector.latency import LatencyModel, Predicted
 from selector.policy import Policy, checked, sample, seed_of
@@ -31,25 +38,32 @@ EXPLOIT, UNIFORM, HOLDOUT_UNIFORM, HOLDOUT_BEST_FIXED = (
 )
 
 
+# Of its uniform share, what an action keeps that the budget does not cover: a little, so that it stays evaluable.
+UNCOVERED_SHARE = 0.05
+
+
 @dataclass(frozen=True, slots=True)
 class Exploration:
     """How much is left to chance: ``epsilon`` uniform over all feasible actions, ``holdout`` for proof of
     value.
 
     ``shortlist_size`` is what the policy sees; actions whose probability of missing the SLO is above
-    ``slo_violation_limit`` stay off the shortlist while others are left.
+    ``slo_violation_limit`` stay off the shortlist while others are left. ``budget`` is the share of the baseline's mean
+    QoE that may be lost to finding something better, per device and fleet (``budget.py``); 1 sets no bound.
     """
 
     epsilon: float = 0.02
     holdout: float = 0.05
     shortlist_size: int = 12
     slo_violation_limit: float = 0.5
+    budget: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise InvalidInput naming the field that makes no sense. Some uniform exploration must remain."""
         number("epsilon", self.epsilon, 0, 1)
         number("holdout", self.holdout, 0, 1)
         number("slo_violation_limit", self.slo_violation_limit, 0, 1)
+        number("budget", self.budget, 0, 1)
         if isinstance(self.shortlist_size, bool) or not isinstance(self.shortlist_size, int):
             raise InvalidInput("shortlist_size", "must be an integer")
         number("shortlist_size", self.shortlist_size, 1, 1000)
@@ -92,6 +106,7 @@ def rank(
         formula=formula,
         exploration=exploration,
         bans=bans,
+        standings=calibration.standings(context),
     )
     preferred = np.zeros(len(table.actions))
     shortlist: list[int] = []
@@ -100,7 +115,8 @@ def rank(
         listed = [scored.candidates[index] for index in shortlist]
         preferred[shortlist] = checked(policy.probabilities(context, listed), len(listed))
     fixed = table.position.get(best_fixed) if best_fixed is not None else None
-    parts = mixture(preferred, scored.feasible, fixed, exploration, policy is not None)
+    drawable: Floats = np.where(scored.uncovered, UNCOVERED_SHARE, 1.0) * scored.feasible
+    parts = mixture(preferred, drawable, fixed, exploration, policy is not None)
     marginal: Floats = sum(parts.values(), start=np.zeros(len(preferred)))
     marginal /= marginal.sum()
     seed = seed_of(decision_id)
@@ -117,29 +133,29 @@ def rank(
 
 def expected_qoe(context: Context, table: ActionTable, predicted: Predicted, formula: QoeFormula) -> Floats:
     """Predicted QoE per action; a variant that is neither running nor on the device has to be downloaded."""
-    running = (context.incumbent or "").split("/")[0]
-    there = [variant.digest in context.cached_digests or variant.digest[:12] == running for variant in table.variants]
-    download = np.where(np.array(there, dtype=np.bool_)[table.variant], 0.0, table.size_bytes)
+    download = np.where(on_device(context, table)[table.variant], 0.0, table.size_bytes)
     share = predicted.slo_hit_share
     return formula.predicted(table.accuracy, share, predicted.cpu_ms_per_request, download)
 
 
 def mixture(
-    preferred: Floats, feasible: Mask, best_fixed: int | None, exploration: Exploration, has_policy: bool
+    preferred: Floats, drawable: Floats, best_fixed: int | None, exploration: Exploration, has_policy: bool
 ) -> dict[str, Floats]:
     """The parts of the mixture by kind, each of shape (actions,); together they sum to 1.
 
+    ``drawable`` (actions,) weighs the actions in the uniform parts: 0 what is not feasible, 1 usually.
+
     >>> some = Exploration(epsilon=0.1, holdout=0.2)
-    >>> parts = mixture(np.array([1.0, 0.0]), np.array([True, True]), 1, some, True)
+    >>> parts = mixture(np.array([1.0, 0.0]), np.array([1.0, 1.0]), 1, some, True)
     >>> [round(float(p), 3) for p in sum(parts.values())]
     [0.8, 0.2]
     """
-    uniform = feasible / feasible.sum()
+    uniform = drawable / drawable.sum()
     if not has_policy:
         return {UNIFORM: uniform}
     epsilon, holdout = exploration.epsilon, exploration.holdout
-    fixed = np.zeros(len(feasible))
-    if best_fixed is not None and feasible[best_fixed]:
+    fixed = np.zeros(len(drawable))
+    if best_fixed is not None and drawable[best_fixed] >= 1:
         fixed[best_fixed] = holdout / 2
         holdout /= 2
     return {
@@ -165,16 +181,17 @@ class _Scored:
     candidates: Candidates
     feasible: Mask
     soft: Mask
+    uncovered: Mask
 
     def shortlist(self, context: Context, size: int) -> list[int]:
         """Indices of the best by predicted QoE, ascending; incumbent and baseline always; soft-masked if
         all are."""
-        eligible = self.feasible & ~self.soft
-        if not eligible.any():
-            eligible = self.feasible
+        eligible = self.feasible & ~self.uncovered
+        if (eligible & ~self.soft).any():
+            eligible &= ~self.soft
         position = self.table.position
-        wanted = dict.fromkeys(key for key in (context.incumbent, context.baseline) if key in position)
-        forced = [position[key] for key in wanted if key is not None and self.feasible[position[key]]]
+        wanted = [position[key] for key in (context.incumbent, context.baseline) if key is not None and key in position]
+        forced = [each for each in dict.fromkeys(wanted) if self.feasible[each] and not self.uncovered[each]]
         order = np.argsort(np.where(eligible, -self.candidates.qoe, np.inf), kind="stable")[: int(eligible.sum())]
         best = [index for index in order[:size].tolist() if index not in forced]
         return sorted(forced + best[: max(size - len(forced), 0)])
@@ -188,6 +205,7 @@ def _score(
     formula: QoeFormula,
     exploration: Exploration,
     bans: Mapping[str, str],
+    standings: tuple[Standing, Standing],
 ) -> _Scored:
     if not table.actions:
         raise NoFeasibleAction({})
@@ -198,6 +216,12 @@ def _score(
     feasible = np.ones(len(table.actions), dtype=np.bool_)
     feasible[list(hard)] = False
     soft = slo_violation_is_likely(predicted.slo_violation_probability, exploration.slo_violation_limit)
-    reasons = dict.fromkeys(np.flatnonzero(soft).tolist(), (SLO_VIOLATION_LIKELY,))
     qoe = expected_qoe(context, table, predicted, formula)
-    return _Scored(table, Candidates(table, predicted, qoe, hard=hard, soft=reasons), feasible, soft)
+    baseline = table.position.get(context.baseline) if context.baseline is not None else None
+    if baseline is not None and not feasible[baseline]:
+        baseline = None
+    short = uncovered(qoe, baseline, exploration.budget, *standings)
+    reasons = dict.fromkeys(np.flatnonzero(soft).tolist(), (SLO_VIOLATION_LIKELY,))
+    for index in np.flatnonzero(short).tolist():
+        reasons[index] = (*reasons.get(index, ()), EXPLORATION_BUDGET)
+    return _Scored(table, Candidates(table, predicted, qoe, hard=hard, soft=reasons), feasible, soft, short)

@@ -1,0 +1,139 @@
+"""The exploration budget: an operator's "mean QoE not below the baseline's by more than x", per device and fleet.
+
+A conservative bandit in the sense of Wu, Shariff, Lattimore & Szepesvári, *Conservative Bandits* (ICML 2016): what was
+earned above the allowance is credit; an action may be tried if even its cautious estimate leaves the credit positive.
+What was earned is learnt with the calibration, in the same rows and order. No probabilities here: ``ranking.py`` lowers
+those of what the budget does not cover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selector.candidates import Candidates
+from selector.errors import InvalidInput
+from selector.interactions import Candidate, Interaction
+from selector.validation import number
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+# Credit older than about so many decisions is forgotten, so that a good year does not pay for a bad month.
+WINDOW = 100.0
+# A device may lose this many decisions' allowance before it has earned any credit.
+GRANTED_DECISIONS = 10.0
+# What a mean residual is shrunk by, in decisions, and by how much a cautious estimate lies below the mean.
+SHRINKAGE = 4.0
+CAUTION = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a scope stands against its baseline over the last ``WINDOW`` decisions or so.
+
+    ``reward`` and ``baseline`` are sums over ``decisions``: what was earned, and what the baseline would have earned.
+    ``baseline_residual`` is the mean of reward less prediction where the baseline ran (``baseline_decisions``),
+    ``residual`` the same for all other actions (``other_decisions``).
+    """
+
+    decisions: float = 0.0
+    reward: float = 0.0
+    baseline: float = 0.0
+    baseline_decisions: float = 0.0
+    baseline_residual: float = 0.0
+    other_decisions: float = 0.0
+    residual: float = 0.0
+
+    @classmethod
+    def from_row(cls, field: str, row: object) -> Standing:
+        """The standing that ``as_row`` wrote; raises InvalidInput naming the field."""
+        if row is None:
+            return cls()
+        if not isinstance(row, (list, tuple)) or len(row) != len(cls.__slots__):
+            raise InvalidInput(field, f"must be {len(cls.__slots__)} numbers")
+        return cls(*(number(field, value, -1e9, 1e9) for value in row))
+
+    def as_row(self) -> list[float]:
+        """JSON-able; exact."""
+        return list(astuple(self))
+
+    def after(self, reward: float, predicted: float, baseline: float, is_baseline: bool) -> Standing:
+        """The standing after one more closed decision; ``baseline`` is what was predicted of the baseline then."""
+        kept = 1.0 - 1.0 / WINDOW
+        own, others = self.baseline_decisions * kept, self.other_decisions * kept
+        own_residual, other_residual = self.baseline_residual, self.residual
+        if is_baseline:
+            own += 1.0
+            own_residual += (reward - predicted - own_residual) / own
+        else:
+            others += 1.0
+            other_residual += (reward - predicted - other_residual) / others
+        expected = reward if is_baseline else baseline + _shrunk(own_residual, own)
+        return Standing(
+            self.decisions * kept + 1.0,
+            self.reward * kept + reward,
+            self.baseline * kept + expected,
+            own,
+            own_residual,
+            others,
+            other_residual,
+        )
+
+    def learnt(self, interaction: Interaction, baseline: Candidate) -> Standing:
+        """The standing after this closed decision, whose candidates held this baseline."""
+        chosen = interaction.candidates[interaction.chosen]
+        is_baseline = chosen.action.key == baseline.action.key
+        return self.after(interaction.reward, chosen.prediction.qoe, baseline.prediction.qoe, is_baseline)
+
+    def credit(self, share: float) -> float:
+        """QoE earned above ``(1 - share)`` of the baseline's; negative when the budget is overdrawn.
+
+        >>> Standing(decisions=10, reward=7.9, baseline=8.0).credit(0.05) > 0
+        True
+        """
+        return self.reward - (1.0 - share) * self.baseline
+
+
+def _shrunk(mean: float, count: float) -> float:
+    return mean * count / (count + SHRINKAGE)
+
+
+def uncovered(qoe: Floats, baseline: int | None, share: float, fleet: Standing, device: Standing) -> Mask:
+    """Which actions the budget does not cover now, shape (actions,); never the baseline.
+
+    ``qoe`` is predicted, ``baseline`` an index, ``share`` the allowed loss in [0, 1]. A share of 1 sets no
+    bound, and without a baseline among the actions there is nothing to compare with: everything is covered.
+
+    >>> uncovered(np.array([0.8, 0.82, 0.2]), 0, 0.05, Standing(), Standing(50, 37.0, 40.0)).tolist()
+    [False, False, True]
+    """
+    if baseline is None or share >= 1:
+        return np.zeros(len(qoe), dtype=np.bool_)
+    allowance = (1.0 - share) * (qoe[baseline] + _shrunk(device.baseline_residual, device.baseline_decisions))
+    cautious = qoe + min(_shrunk(device.residual, device.other_decisions), 0.0) - CAUTION
+    grant = GRANTED_DECISIONS * share * qoe[baseline] * max(0.0, 1.0 - device.decisions / WINDOW)
+    credit = device.credit(share) + grant
+    if fleet.decisions >= GRANTED_DECISIONS:
+        credit = min(credit, fleet.credit(share) + share * fleet.baseline / 2)
+    mask: Mask = (cautious < allowance) & (credit + cautious < allowance)
+    mask[baseline] = False
+    return mask
+
+
+def baseline_candidate(candidates: Sequence[Candidate], key: str | None) -> Candidate | None:
+    """The baseline among the candidates."""
+    if key is None:
+        return None
+    if isinstance(candidates, Candidates):
+        return candidates.named(key)
+    return next((each for each in candidates if each.action.key == key), None)
+
+
+def standing_of(row: Mapping[str, Any]) -> Standing:
+    """The standing that a row holds."""
+    return Standing.from_row("standing", row.get("standing"))
