@@ -1,4 +1,4 @@
-"""The exploration budget: losses against the baseline stay within the operator's share, and pushing waits for its time."""
+"""The exploration budget: losses against the baseline stay within a share; pushing waits for its time."""
 
 from __future__ import annotations
 
