@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -36,13 +36,17 @@ def share_of_queue(*, waiting_rows: int, free_callers: int, max_batch: int) -> i
     return max(1, min(max_batch, math.ceil(waiting_rows / max(1, free_callers))))
 
 
-def count_to_join(queue: Iterable[tuple[Shape, int]], *, limit_rows: int) -> int:
-    """How many requests at the head of the queue make one run; at least one, and order is never changed."""
-    count, rows, first = 0, 0, None
-    for key, size in queue:
-        if first is not None and (key != first or rows + size > limit_rows):
+def count_to_join(sizes: Sequence[int], *, limit_rows: int) -> int:
+    """How many requests of so many rows, from the first on, make one run; a large first one is taken nevertheless.
+
+    >>> count_to_join([1, 2, 2], limit_rows=4), count_to_join([9], limit_rows=4), count_to_join([], limit_rows=4)
+    (2, 1, 0)
+    """
+    count = 0
+    for size in sizes:
+        if count and size > limit_rows:
             break
-        first, count, rows = key, count + 1, rows + size
+        count, limit_rows = count + 1, limit_rows - size
     return count
 
 

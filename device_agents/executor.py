@@ -1,10 +1,13 @@
 """Runs one model's requests: a bounded queue, callers that batch, and a served variant that can be exchanged.
 
-One executor per application. What to serve is decided elsewhere; how requests arrive is the server's business.
+One executor per application. What to serve is decided elsewhere; which requests go next is the scheduler's business,
+how requests arrive the server's.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import logging
 import math
 import threading
@@ -16,19 +19,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from device_agents.batching import (
-    Shape,
-    chunks,
-    count_to_join,
-    join,
-    join_key,
-    part,
-    rows_of,
-    share_of_queue,
-)
+from device_agents.batching import Shape, chunks, join, join_key, part, rows_of
+from device_agents.budget import ThreadBudget
 from device_agents.errors import BadRequest, Overloaded, RunFailed
 from device_agents.lease import Answered, ArrivalMeter, LeaseAccount
 from device_agents.runtime import Array, RunCost, Session
+from device_agents.scheduling import Scheduler, scheduler_for
 from device_agents.statistics import Statistics
 from device_agents.wire import ServingConfiguration
 
@@ -66,23 +62,40 @@ class _Waiting:
     rows: int
     key: Shape
     arrived_s: float
+    deadline_s: float
     future: Future[Answer] = field(default_factory=Future)
 
 
-class Executor:
-    """Serves one model name. Thread-safe; idle callers sleep on a condition and cost nothing."""
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Requests that run together; ``concurrency`` counts the runs under way when it began, itself included."""
 
-    def __init__(self, model_name: str, *, queue_requests: int) -> None:
+    served: ServedModel
+    requests: list[_Waiting]
+    concurrency: int
+    ends_s: float
+
+
+class Executor:
+    """Serves one model name. Thread-safe; idle callers sleep on a condition and cost nothing.
+
+    ``budget`` is the device's, shared by all executors that must not oversubscribe it; without one, the executor has
+    the device for itself.
+    """
+
+    def __init__(self, model_name: str, *, queue_requests: int, budget: ThreadBudget | None = None) -> None:
         self.model_name = model_name
         self.statistics = Statistics()
+        self.budget = budget or ThreadBudget()
         self._queue_requests = queue_requests
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._served: ServedModel | None = None
-        self._in_flight: dict[ServedModel, list[list[_Waiting]]] = {}
+        self._scheduler: Scheduler | None = None
+        self._runs: dict[ServedModel, list[_Run]] = {}
+        self._busy = 0  # runs under way, and callers that wait for threads
         self._callers: dict[int, threading.Thread] = {}
         self._is_closed = False
-        self._run_ms = 1.0
         self._arrivals = ArrivalMeter(time.monotonic())
 
     # -- for apps ----------------------------------------------------------------------------------------------
@@ -92,30 +105,41 @@ class Executor:
         """What answers requests now."""
         return self._served
 
-    def submit(self, inputs: Mapping[str, Array]) -> Future[Answer]:
-        """Queues one request. Raises BadRequest, or Overloaded at once rather than letting it wait in vain."""
-        now_s = time.monotonic()
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """What chooses the runs of the served model."""
+        return self._scheduler
+
+    def submit(self, inputs: Mapping[str, Array], *, within_ms: float = math.inf) -> Future[Answer]:
+        """Queues one request. ``within_ms`` is the caller's patience, beside the SLO of the decision.
+
+        Raises BadRequest, or Overloaded at once rather than letting it wait in vain. A request that can no longer be
+        answered in time is shed later too: its future then raises Overloaded.
+        """
         with self._changed:
-            self._arrivals.arrived(now_s)
-            served = self._served
-            if served is None or self._is_closed:
-                self.statistics.failed("REJECTED")
-                raise Overloaded(f"model {self.model_name} is not ready")
-            rows = check_inputs(inputs, served.session)
-            if len(self._queue) >= self._queue_requests:
-                self.statistics.failed("REJECTED")
-                served.account.failed()
-                raise Overloaded(f"{len(self._queue)} requests are waiting", retry_after_s=self._drained_in_s(served))
-            waiting = _Waiting(
-                inputs=inputs, session=served.session, rows=rows, key=_key(inputs, served.session), arrived_s=now_s
-            )
-            self._queue.append(waiting)
+            waiting = self._admitted(inputs, within_ms)
+            self._enqueue(waiting)
             self._changed.notify()
         return waiting.future
 
-    def infer(self, inputs: Mapping[str, Array], *, timeout_s: float | None = None) -> Answer:
-        """Answers one request in the calling thread's time: the Python interface for apps in this process."""
-        return self.submit(inputs).result(timeout_s)
+    def infer(
+        self, inputs: Mapping[str, Array], *, timeout_s: float | None = None, within_ms: float = math.inf
+    ) -> Answer:
+        """Answers one request: the Python interface for apps in this process. Raises what ``submit`` does.
+
+        Without a ``timeout_s`` a free executor runs it in the calling thread, which saves two changes of threads.
+        """
+        run = None
+        with self._changed:
+            waiting = self._admitted(inputs, within_ms)
+            if timeout_s is None and not self._queue:
+                run = self._begin_at_once(waiting)
+            if run is None:
+                self._enqueue(waiting)
+                self._changed.notify()
+        if run is not None:
+            self._work(run)
+        return waiting.future.result(timeout_s)
 
     def arrival_rate_rps(self) -> float:
         """Requests per second lately, shed ones included."""
@@ -131,19 +155,82 @@ class Executor:
     def unanswered(self) -> int:
         """Requests that wait, or that the served model runs."""
         with self._changed:
-            batches = self._in_flight.get(self._served, []) if self._served else []
-            return len(self._queue) + sum(len(batch) for batch in batches)
+            runs = self._runs.get(self._served, []) if self._served else []
+            return len(self._queue) + sum(len(run.requests) for run in runs)
+
+    def _admitted(self, inputs: Mapping[str, Array], within_ms: float) -> _Waiting:
+        now_s = time.monotonic()
+        self._arrivals.arrived(now_s)
+        served, scheduler = self._served, self._scheduler
+        if served is None or scheduler is None or self._is_closed:
+            self.statistics.failed("REJECTED")
+            raise Overloaded(f"model {self.model_name} is not ready")
+        rows = check_inputs(inputs, served.session)
+        deadline_s = min(scheduler.deadline_s(now_s), now_s + within_ms / 1000.0)
+        if self._queue or self._busy:
+            self._refuse_in_vain(served, scheduler, rows=rows, now_s=now_s, deadline_s=deadline_s)
+        return _Waiting(
+            inputs=inputs,
+            session=served.session,
+            rows=rows,
+            key=_key(inputs, served.session),
+            arrived_s=now_s,
+            deadline_s=deadline_s,
+        )
+
+    def _refuse_in_vain(
+        self, served: ServedModel, scheduler: Scheduler, *, rows: int, now_s: float, deadline_s: float
+    ) -> None:
+        waits = len(self._queue)
+        if deadline_s == math.inf and waits < self._queue_requests:
+            return
+        expected_ms = scheduler.expected_ms(
+            now_s=now_s,
+            rows_ahead=sum(waiting.rows for waiting in self._queue),
+            rows=rows,
+            running_ms=self._running_ms(now_s),
+        )
+        if waits >= self._queue_requests:
+            self._shed(served)
+            raise Overloaded(f"{waits} requests are waiting", retry_after_s=max(1.0, expected_ms / 1000))
+        if now_s + expected_ms / 1000 > deadline_s:
+            self._shed(served)
+            late = f"{waits} requests are waiting: an answer would take about {expected_ms:.0f} ms"
+            raise Overloaded(f"{late}, {(deadline_s - now_s) * 1000:.0f} ms are left", retry_after_s=1.0)
+
+    def _running_ms(self, now_s: float) -> float:
+        """What the first of the runs under way still needs; nothing while a caller is free."""
+        assert self._scheduler is not None
+        if self._busy < self._scheduler.concurrency():
+            return 0.0
+        ends = [run.ends_s for runs in self._runs.values() for run in runs]
+        return max(0.0, min(ends, default=now_s) - now_s) * 1000
+
+    def _enqueue(self, waiting: _Waiting) -> None:
+        """In the order of deadlines; equal ones in the order of arrival."""
+        if not self._queue or self._queue[-1].deadline_s <= waiting.deadline_s:
+            self._queue.append(waiting)
+        else:
+            self._queue.insert(bisect.bisect_right(self._queue, waiting.deadline_s, key=_deadline_s), waiting)
+
+    def _shed(self, served: ServedModel) -> None:
+        self.statistics.shed(time.monotonic())
+        served.account.failed()
 
     # -- for the follower ----------------------------------------------------------------------------------------
 
-    def swap(self, served: ServedModel, *, gives_up_old: bool = False) -> ServedModel | None:
+    def swap(
+        self, served: ServedModel, *, gives_up_old: bool = False, scheduler: Scheduler | None = None
+    ) -> ServedModel | None:
         """Exchanges one reference. Runs under way end on the old model; every later run is the new one's.
 
         Requests that wait are the new model's: those that do not fit it fail with BadRequest. ``gives_up_old`` is for a
-        model that hangs: its runs fail at once, and callers that are stuck in it are replaced.
+        model that hangs: its runs fail at once, and callers that are stuck in it are replaced. ``scheduler`` replaces
+        the one that the configuration asks for.
         """
         with self._changed:
             old, self._served = self._served, served
+            self._scheduler = scheduler or self._scheduler_for(served, old)
             given_up = self._give_up(old) if gives_up_old and old is not None else []
             misfits = self._refit(served.session)
             for index in range(served.configuration.max_concurrency):
@@ -160,6 +247,15 @@ class Executor:
         self._fail(given_up, RunFailed("the model hung and was replaced"))
         return old
 
+    def _scheduler_for(self, served: ServedModel, old: ServedModel | None) -> Scheduler:
+        return scheduler_for(
+            served.session,
+            served.configuration,
+            slo_ms=served.account.slo_ms,
+            runs_at_once=self.budget.runs_at_once(served.session.threads),
+            before=self._scheduler if old is not None and old.session is served.session else None,
+        )
+
     def _refit(self, session: Session) -> list[tuple[_Waiting, BadRequest]]:
         """Counts the rows of what waits by the session that will run it; returns what does not fit."""
         fitting: deque[_Waiting] = deque()
@@ -174,15 +270,17 @@ class Executor:
         return misfits
 
     def _give_up(self, served: ServedModel) -> list[_Waiting]:
-        batches = self._in_flight.pop(served, [])
-        if batches:
+        runs = self._runs.pop(served, [])
+        if runs:
             self._callers.clear()  # those that are not stuck see that they were replaced, and end
-        return [waiting for batch in batches for waiting in batch]
+        for _ in runs:
+            self._end_run(served)
+        return [waiting for run in runs for waiting in run.requests]
 
     def wait_until_idle(self, served: ServedModel, *, timeout_s: float) -> bool:
         """Waits for the runs of a replaced model to end."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._in_flight.get(served), timeout_s)
+            return self._changed.wait_for(lambda: not self._runs.get(served), timeout_s)
 
     def close(self, *, timeout_s: float = 10.0) -> None:
         """Takes no more requests, answers those that wait, and ends."""
@@ -196,57 +294,118 @@ class Executor:
     # -- callers -------------------------------------------------------------------------------------------------
 
     def _call(self, index: int) -> None:
-        while (taken := self._take(index)) is not None:
-            served, requests, concurrency = taken
-            try:
-                self._serve(served, requests, concurrency)
-            except Exception as error:
-                # The top of a caller's loop: it must live on, and nobody may wait for ever.
-                logger.exception("run failed model=%s digest=%.12s", self.model_name, served.digest)
-                failed = self._fail(requests, RunFailed(f"internal error: {type(error).__name__}"))
-                for _ in range(failed):
-                    served.account.failed()
-            finally:
-                self._give_back(served, requests)
+        while self._wait_for_work(index):
+            run, shed = self._next_run()
+            for waiting in shed:
+                self._fail_late(waiting)
+            if run is not None:
+                self._work(run)
 
-    def _take(self, index: int) -> tuple[ServedModel, list[_Waiting], int] | None:
+    def _wait_for_work(self, index: int) -> bool:
+        """Sleeps until there is a run to begin, and takes the threads for it; False when this caller is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._is_closed or self._is_surplus(index))
-            served = self._served
-            if served is None or self._is_surplus(index) or not self._queue:
+            while not self._is_over(index):
+                served, scheduler = self._served, self._scheduler
+                assert served is not None
+                assert scheduler is not None
+                if self._queue and self._busy < scheduler.concurrency():
+                    self._busy += 1
+                    threads, urgent_s = served.session.threads, self._urgent_s(served)
+                    break
+                self._changed.wait()
+            else:
                 if self._callers.get(index) is threading.current_thread():
                     del self._callers[index]
                 self._changed.notify()  # a surplus caller may have been the one that a new request woke
-                return None
-            requests = self._next_requests(served)
-            self._in_flight.setdefault(served, []).append(requests)
-            return served, requests, self._busy
+                return False
+        self.budget.take(threads, deadline_s=urgent_s)
+        return True
 
-    def _next_requests(self, served: ServedModel) -> list[_Waiting]:
-        configuration = served.configuration
-        limit_rows = 1
-        if served.session.is_batchable:
-            limit_rows = share_of_queue(
-                waiting_rows=sum(waiting.rows for waiting in self._queue),
-                free_callers=configuration.max_concurrency - self._busy,
-                max_batch=configuration.max_batch,
-            )
-        count = count_to_join(((waiting.key, waiting.rows) for waiting in self._queue), limit_rows=limit_rows)
-        taken = [self._queue.popleft() for _ in range(count if served.session.is_batchable else 1)]
+    def _urgent_s(self, served: ServedModel) -> float:
+        """By when the first request should be answered, also where nothing is shed for being late."""
+        first = self._queue[0]
+        return min(first.deadline_s, first.arrived_s + served.account.slo_ms / 1000)
+
+    def _is_over(self, index: int) -> bool:
+        return self._is_surplus(index) or (self._is_closed and not self._queue)
+
+    def _next_run(self) -> tuple[_Run | None, list[_Waiting]]:
+        """What to run with the threads that were taken, and what it is too late for. Gives them back for nothing."""
+        with self._changed:
+            served, scheduler = self._served, self._scheduler
+            assert served is not None
+            assert scheduler is not None
+            now_s = time.monotonic()
+            front = list(itertools.islice(self._queue, scheduler.look_ahead()))
+            waiting = [((each.deadline_s - now_s) * 1000, each.rows) for each in front]
+            choice = scheduler.choose(waiting, running=self._busy - 1) if waiting else None
+            shed = [self._queue.popleft() for _ in range(choice.shed)] if choice else []
+            requests = self._joinable(choice.count, served) if choice else []
+            if requests:
+                return self._begun(served, requests, now_s), shed
+            self._end_run(served)
+            if choice is not None and not choice.count and not shed:
+                self._changed.wait(scheduler.hold_s())
+            return None, shed
+
+    def _joinable(self, count: int, served: ServedModel) -> list[_Waiting]:
+        """Up to ``count`` requests from the front that can run together; what was given up is left out."""
+        taken: list[_Waiting] = []
+        for _ in range(min(count, len(self._queue)) if served.session.is_batchable else min(count, 1)):
+            if taken and self._queue[0].key != taken[0].key:
+                break
+            taken.append(self._queue.popleft())
         return [waiting for waiting in taken if waiting.future.set_running_or_notify_cancel()]
 
-    @property
-    def _busy(self) -> int:
-        return sum(len(batches) for batches in self._in_flight.values())
+    def _begin_at_once(self, waiting: _Waiting) -> _Run | None:
+        """A run for the calling thread, if a caller's place and threads are free."""
+        served, scheduler = self._served, self._scheduler
+        assert served is not None
+        assert scheduler is not None
+        if self._busy >= scheduler.concurrency() or not self.budget.try_take(served.session.threads):
+            return None
+        self._busy += 1
+        waiting.future.set_running_or_notify_cancel()
+        return self._begun(served, [waiting], waiting.arrived_s)
 
-    def _give_back(self, served: ServedModel, requests: list[_Waiting]) -> None:
+    def _begun(self, served: ServedModel, requests: list[_Waiting], now_s: float) -> _Run:
+        assert self._scheduler is not None
+        rows = sum(waiting.rows for waiting in requests)
+        ends_s = now_s + self._scheduler.predict_ms(rows, self._busy) / 1000
+        run = _Run(served=served, requests=requests, concurrency=self._busy, ends_s=ends_s)
+        self._runs.setdefault(served, []).append(run)
+        return run
+
+    def _end_run(self, served: ServedModel) -> None:
+        self._busy -= 1
+        self.budget.give_back(served.session.threads)
+
+    def _work(self, run: _Run) -> None:
+        try:
+            self._serve(run, run.requests)
+        except Exception as error:
+            # The top of a caller's loop: it must live on, and nobody may wait for ever.
+            logger.exception("run failed model=%s digest=%.12s", self.model_name, run.served.digest)
+            failed = self._fail(run.requests, RunFailed(f"internal error: {type(error).__name__}"))
+            for _ in range(failed):
+                run.served.account.failed()
+        finally:
+            self._finish(run)
+
+    def _finish(self, run: _Run) -> None:
         with self._changed:
-            batches = self._in_flight.get(served, [])
-            batches[:] = [batch for batch in batches if batch is not requests]
-            if served in self._in_flight and not batches:
-                del self._in_flight[served]
-                if served is not self._served:
+            runs = self._runs.get(run.served, [])
+            if run not in runs:  # it was given up, and its threads with it
+                return
+            runs.remove(run)
+            self._end_run(run.served)
+            if not runs:
+                del self._runs[run.served]
+                if run.served is not self._served:
                     self._changed.notify_all()
+                    return
+            if self._queue and threading.current_thread() not in self._callers.values():
+                self._changed.notify()  # a caller would go on by itself
 
     def _is_surplus(self, index: int) -> bool:
         if self._callers.get(index) is not threading.current_thread():
@@ -260,17 +419,21 @@ class Executor:
             waiting.future.set_exception(error)
         return len(unanswered)
 
-    def _serve(self, served: ServedModel, requests: list[_Waiting], concurrency: int) -> None:
-        if not requests:
-            return
+    def _fail_late(self, waiting: _Waiting) -> None:
+        if waiting.future.set_running_or_notify_cancel():
+            if self._served is not None:
+                self._shed(self._served)
+            waiting.future.set_exception(Overloaded("no run could end in time for this request"))
+
+    def _serve(self, run: _Run, requests: list[_Waiting]) -> None:
+        served = run.served
         started_s = time.monotonic()
         try:
-            outputs, cost = self._run(served, requests, concurrency)
+            outputs, cost = self._run(run, requests)
         except RunFailed as error:
-            self._recover(served, requests, concurrency, error)
+            self._recover(run, requests, error)
             return
-        finished_s = time.monotonic()
-        self._run_ms += 0.1 * (cost.service_ms - self._run_ms)
+        finished_s, wall_s = time.monotonic(), time.time()
         rows = sum(waiting.rows for waiting in requests)
         for waiting, own in zip(requests, outputs, strict=True):
             answered = Answered(
@@ -285,13 +448,14 @@ class Executor:
                 latency_ms=answered.latency_ms,
                 queue_ms=answered.queue_ms,
                 service_ms=answered.service_ms,
-                wall_clock_s=time.time(),
+                is_in_time=answered.latency_ms <= served.account.slo_ms,
+                now_s=finished_s,
+                wall_clock_s=wall_s,
             )
             waiting.future.set_result(Answer(outputs=own, served=served, cost=answered))
 
-    def _run(
-        self, served: ServedModel, requests: list[_Waiting], concurrency: int
-    ) -> tuple[list[dict[str, Array]], RunCost]:
+    def _run(self, run: _Run, requests: list[_Waiting]) -> tuple[list[dict[str, Array]], RunCost]:
+        served, scheduler = run.served, self._scheduler
         joined = join([waiting.inputs for waiting in requests])
         rows = sum(waiting.rows for waiting in requests)
         max_batch = served.configuration.max_batch if served.session.is_batchable else rows
@@ -299,27 +463,28 @@ class Executor:
         for inputs in chunks(joined, rows=rows, max_batch=max_batch):
             outputs, cost = served.session.run(inputs)
             size = rows_of(inputs) if served.session.is_batchable else 1
-            served.account.ran(rows=size, concurrency=concurrency, service_ms=cost.service_ms)
+            served.account.ran(rows=size, concurrency=run.concurrency, service_ms=cost.service_ms)
             self.statistics.ran(rows=size, cost=cost)
+            if scheduler is not None and served is self._served:
+                scheduler.observed(rows=size, service_ms=cost.service_ms, concurrency=run.concurrency)
             collected.append(outputs)
             service_ms, cpu_ms = service_ms + cost.service_ms, cpu_ms + cost.cpu_ms
         whole = collected[0] if len(collected) == 1 else _concatenated(collected)
         return part(whole, [waiting.rows for waiting in requests]), RunCost(service_ms=service_ms, cpu_ms=cpu_ms)
 
-    def _recover(self, served: ServedModel, requests: list[_Waiting], concurrency: int, error: RunFailed) -> None:
+    def _recover(self, run: _Run, requests: list[_Waiting], error: RunFailed) -> None:
         """One bad request must not fail those it was joined with: each gets a run of its own."""
         if len(requests) > 1:
             for waiting in requests:
-                self._serve(served, [waiting], concurrency)
+                self._serve(run, [waiting])
             return
-        served.account.failed()
+        run.served.account.failed()
         self.statistics.failed("BACKEND")
         requests[0].future.set_exception(error)
 
-    def _drained_in_s(self, served: ServedModel) -> float:
-        configuration = served.configuration
-        runs = len(self._queue) / (configuration.max_batch * configuration.max_concurrency)
-        return max(1.0, math.ceil(runs * self._run_ms / 1000))
+
+def _deadline_s(waiting: _Waiting) -> float:
+    return waiting.deadline_s
 
 
 def _key(inputs: Mapping[str, Array], session: Session) -> Shape:

@@ -99,6 +99,11 @@ class LeaseAccount:
             return True
 
     @property
+    def slo_ms(self) -> float:
+        """The latency that 95 of 100 requests should stay below."""
+        return self._slo_ms
+
+    @property
     def is_closed(self) -> bool:
         """Whether the lease is over."""
         return self._closed_s is not None

@@ -8,7 +8,9 @@ from typing import Any
 
 import psutil
 
+from device_agents.control import Plan
 from device_agents.executor import Executor
+from device_agents.scheduling import SloScheduler
 from device_agents.statistics import Duration
 
 ZERO = Duration()
@@ -17,7 +19,7 @@ Row = tuple[str, float]
 
 def model_statistics(executor: Executor) -> dict[str, Any]:
     """One entry of the statistics extension."""
-    statistics = executor.statistics
+    statistics, control = executor.statistics, _control(executor)
     with statistics.lock:
         failed = Duration(count=statistics.failures.total())
         return {
@@ -43,6 +45,7 @@ def model_statistics(executor: Executor) -> dict[str, Any]:
                 }
                 for size, duration in sorted(statistics.batches.items())
             ],
+            "slo_stats": control,
         }
 
 
@@ -52,10 +55,16 @@ def prometheus_text(executors: Sequence[Executor]) -> str:
     for executor in executors:
         for name, labels, value in _counters(executor):
             counters.setdefault(name, []).append((labels, value))
+    lately = {executor: executor.statistics.lately(time.monotonic()) for executor in executors}
     gauges: dict[str, list[Row]] = {
         "nv_inference_pending_request_count": [(_labels(e), float(e.pending)) for e in executors],
         "qoe_model_ready": [(_labels(e), float(e.served is not None)) for e in executors],
         "qoe_arrival_rate_rps": [(_labels(e), e.arrival_rate_rps()) for e in executors],
+        "qoe_goodput_rps": [(_labels(e), each.goodput_rps) for e, each in lately.items()],
+        "qoe_slo_miss_share": [(_labels(e), each.miss_share) for e, each in lately.items()],
+        "qoe_utility": [(_labels(e), each.utility) for e, each in lately.items() if each.utility is not None],
+        "qoe_effective_batch_limit": [(_labels(e), float(bounds.batch)) for e, bounds in _bounds(executors)],
+        "qoe_effective_concurrency": [(_labels(e), float(bounds.concurrency)) for e, bounds in _bounds(executors)],
         "qoe_lease_active_seconds": [(_labels(e), _lease_s(e)) for e in executors],
         "process_resident_memory_bytes": [("", float(psutil.Process().memory_info().rss))],
         "process_cpu_seconds_total": [("", time.process_time())],
@@ -75,6 +84,9 @@ def _counters(executor: Executor) -> list[tuple[str, str, float]]:
             ("nv_inference_queue_duration_us", labels, statistics.queue.ns / 1000),
             ("nv_inference_compute_infer_duration_us", labels, statistics.infer.ns / 1000),
             ("qoe_inference_cpu_seconds_total", labels, statistics.cpu_ms / 1000),
+            ("qoe_slo_hits_total", labels, statistics.in_time),
+            ("qoe_slo_late_total", labels, statistics.late),
+            ("qoe_slo_shed_total", labels, statistics.shed_requests),
         ]
         for reason in ("REJECTED", "BACKEND"):
             failed = f'{labels[:-1]},reason="{reason}"}}'
@@ -82,6 +94,28 @@ def _counters(executor: Executor) -> list[tuple[str, str, float]]:
         for size, duration in sorted(statistics.batches.items()):
             rows.append(("qoe_batch_runs_total", f'{labels[:-1]},batch_size="{size}"}}', duration.count))
     return rows
+
+
+def _bounds(executors: Sequence[Executor]) -> list[tuple[Executor, Plan]]:
+    """The controller's own bounds, where there is one."""
+    return [(each, each.scheduler.bounds) for each in executors if isinstance(each.scheduler, SloScheduler)]
+
+
+def _control(executor: Executor) -> dict[str, Any]:
+    """How the SLO is met, and what the controller does about it: an entry of our own beside Triton's."""
+    statistics, lately = executor.statistics, executor.statistics.lately(time.monotonic())
+    found: dict[str, Any] = {
+        "in_time": statistics.in_time,
+        "late": statistics.late,
+        "shed": statistics.shed_requests,
+        "goodput_rps": lately.goodput_rps,
+        "miss_share": lately.miss_share,
+        "utility": lately.utility,
+        "controller": executor.scheduler.version if executor.scheduler else "",
+    }
+    for _, bounds in _bounds([executor]):
+        found |= {"batch": bounds.batch, "concurrency": bounds.concurrency, "is_overloaded": bounds.is_overloaded}
+    return found
 
 
 def _lease_s(executor: Executor) -> float:

@@ -93,9 +93,11 @@ def warm_up(
     affordable = max(1, min(largest, int(budget_s * 1000 / max(first_ms, 1e-3))))
     _try(session, affordable)
     if known is not None:
+        session.line = (known.a_ms, known.b_ms)
         return Warmed(session=session, profile=None)
     points, cpu_ms_per_row = _measure(session, budget_s=budget_s)
     line = fit(points)
+    session.line = (line.a_ms, line.b_ms)
     profile = ProfileReport(
         digest=digest,
         threads=threads,

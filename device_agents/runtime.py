@@ -103,6 +103,8 @@ class Session:
         self.inputs = tuple(_tensor(argument) for argument in self._session.get_inputs())
         self.outputs = tuple(_tensor(argument) for argument in self._session.get_outputs())
         self.load_ms = (time.monotonic() - started_s) * 1000
+        # What a run of n rows takes, as (ms per row, ms): a guess that favours batches, until the warm-up measures it.
+        self.line = (0.2, 0.8)
         self._output_names = [output.name for output in self.outputs]
         self._quota = quota
         self._running = 0

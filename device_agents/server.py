@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from device_agents.control import CONTROLLER_VERSION
 from device_agents.errors import AgentError, BadRequest, BodyTooLarge, NotFound, Overloaded
 from device_agents.executor import Executor, ServedModel
 from device_agents.inference_protocol import decode_request, encode_answer
@@ -170,7 +171,8 @@ class InferenceServer:
             request = await asyncio.to_thread(decode_request, body, json_size=json_size, inputs=served.session.inputs)
         else:
             request = decode_request(body, json_size=json_size, inputs=served.session.inputs)
-        answer = await asyncio.wrap_future(executor.submit(request.inputs))
+        within_ms = _patience_ms(request.parameters)
+        answer = await asyncio.wrap_future(executor.submit(request.inputs, within_ms=within_ms))
         encoded = encode_answer(request, answer.outputs, model_name=executor.model_name, model_version=MODEL_VERSION)
         reply_headers: Headers = [OCTETS if encoded.json_size else JSON]
         reply_headers.append((b"x-model-digest", answer.served.digest.encode()))
@@ -259,6 +261,14 @@ def _json_object(body: bytes) -> dict[str, Any]:
     return content
 
 
+def _patience_ms(parameters: Mapping[str, Any]) -> float:
+    """Triton's request parameter ``timeout``, in microseconds; zero or none is no limit."""
+    timeout_us = parameters.get("timeout", 0)
+    if type(timeout_us) is not int or timeout_us < 0:
+        raise BadRequest("parameters: timeout must be a whole number of microseconds")
+    return timeout_us / 1000 if timeout_us else math.inf
+
+
 def _json_size(headers: Mapping[bytes, bytes]) -> int | None:
     text = headers.get(b"inference-header-content-length")
     if text is None:
@@ -296,6 +306,7 @@ def _configuration(model_name: str, served: ServedModel) -> dict[str, Any]:
         "instance_group": [{"kind": "KIND_CPU", "count": served.configuration.max_concurrency}],
         "parameters": {
             "threads": {"string_value": str(served.configuration.threads)},
+            "controller": {"string_value": CONTROLLER_VERSION if served.configuration.controller else "off"},
             "digest": {"string_value": served.digest},
         },
     }

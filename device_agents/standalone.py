@@ -21,11 +21,23 @@ NO_SLO_MS = 3_600_000.0
 
 
 def load(
-    path: Path, *, model_name: str, config: AgentConfig, max_batch: int, max_concurrency: int, threads: int
+    path: Path,
+    *,
+    model_name: str,
+    config: AgentConfig,
+    max_batch: int,
+    max_concurrency: int,
+    threads: int,
+    slo_p95_ms: float | None = None,
 ) -> Executor:
-    """An executor that serves one file. Raises AttemptFailed when the file cannot be served."""
+    """An executor that serves one file. Raises AttemptFailed when the file cannot be served.
+
+    With an SLO the controller chooses batch and concurrency inside the bounds, and sheds what would come too late.
+    """
     try:
-        configuration = ServingConfiguration(max_batch=max_batch, max_concurrency=max_concurrency, threads=threads)
+        configuration = ServingConfiguration(
+            max_batch=max_batch, max_concurrency=max_concurrency, threads=threads, controller=slo_p95_ms is not None
+        )
     except ValidationError as error:
         first = error.errors()[0]
         raise BadConfiguration(f"{first['loc'][0]}: {first['msg']}") from error
@@ -38,7 +50,7 @@ def load(
             configuration=configuration,
             digest=_digest(path),
             decision_id=None,
-            account=LeaseAccount(slo_p95_ms=NO_SLO_MS, started_s=now_s),
+            account=LeaseAccount(slo_p95_ms=slo_p95_ms or NO_SLO_MS, started_s=now_s),
             started_s=now_s,
         )
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 
+from device_agents.control import utility
 from device_agents.runtime import RunCost
+
+WINDOW_S = 10
 
 
 @dataclass
@@ -23,6 +26,27 @@ class Duration:
 
 
 @dataclass
+class _Second:
+    """What ended in one second of the monotonic clock."""
+
+    second: int
+    answered: int = 0
+    in_time: int = 0
+    missed: int = 0
+    latency_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lately:
+    """The last ten full seconds: what the controller is for. Rates per second; no utility without traffic."""
+
+    goodput_rps: float
+    throughput_rps: float
+    miss_share: float
+    utility: float | None
+
+
+@dataclass
 class Statistics:
     """Counts of one model. Only ever grow, over all variants that it had."""
 
@@ -36,6 +60,10 @@ class Statistics:
     batches: defaultdict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
     last_inference_ms: int = 0
     cpu_ms: float = 0.0
+    in_time: int = 0
+    late: int = 0
+    shed_requests: int = 0
+    _seconds: deque[_Second] = field(default_factory=lambda: deque(maxlen=WINDOW_S + 2))
 
     def ran(self, *, rows: int, cost: RunCost) -> None:
         """Counts one run."""
@@ -45,13 +73,57 @@ class Statistics:
             self.batches[rows].add(cost.service_ms)
             self.cpu_ms += cost.cpu_ms
 
-    def answered(self, *, latency_ms: float, queue_ms: float, service_ms: float, wall_clock_s: float) -> None:
+    def answered(
+        self,
+        *,
+        latency_ms: float,
+        queue_ms: float,
+        service_ms: float,
+        is_in_time: bool,
+        now_s: float,
+        wall_clock_s: float,
+    ) -> None:
         """Counts one answered request."""
         with self.lock:
             self.success.add(latency_ms)
             self.queue.add(queue_ms)
             self.infer.add(service_ms)
             self.last_inference_ms = round(wall_clock_s * 1000)
+            second = self._second(now_s)
+            second.answered += 1
+            second.latency_ms += latency_ms
+            if is_in_time:
+                self.in_time += 1
+                second.in_time += 1
+            else:
+                self.late += 1
+                second.missed += 1
+
+    def shed(self, now_s: float) -> None:
+        """Counts one request that was refused rather than answered too late."""
+        with self.lock:
+            self.failures["REJECTED"] += 1
+            self.shed_requests += 1
+            self._second(now_s).missed += 1
+
+    def lately(self, now_s: float) -> Lately:
+        """The last ten full seconds."""
+        with self.lock:
+            seconds = [each for each in self._seconds if int(now_s) - WINDOW_S <= each.second < int(now_s)]
+        answered, in_time = sum(each.answered for each in seconds), sum(each.in_time for each in seconds)
+        missed = sum(each.missed for each in seconds)
+        mean_ms = sum(each.latency_ms for each in seconds) / answered if answered else 0.0
+        return Lately(
+            goodput_rps=in_time / WINDOW_S,
+            throughput_rps=answered / WINDOW_S,
+            miss_share=missed / (in_time + missed) if in_time + missed else 0.0,
+            utility=utility(answered_rps=answered / WINDOW_S, latency_ms=mean_ms),
+        )
+
+    def _second(self, now_s: float) -> _Second:
+        if not self._seconds or self._seconds[-1].second < int(now_s):
+            self._seconds.append(_Second(int(now_s)))
+        return self._seconds[-1]
 
     def failed(self, reason: str) -> None:
         """Counts one failed request under one of Triton's reasons: REJECTED, CANCELED, BACKEND or OTHER."""

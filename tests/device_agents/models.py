@@ -62,6 +62,13 @@ def dense(width: int = 768, layers: int = 3) -> Model:
     return _model(nodes, constants, ["n", WIDTH], "y", ["n", WIDTH])
 
 
+def adding() -> Model:
+    """y [n, 1] = the sum of each row of x [n, any width]: requests of different widths cannot be joined."""
+    nodes = [helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=1)]
+    axes = helper.make_tensor("axes", TensorProto.INT64, [1], [1])
+    return _model(nodes, [axes], ["n", "width"], "y", ["n", 1])
+
+
 def picky() -> Model:
     """Gathers by an index input: fails on an index out of range, and on that alone."""
     table = helper.make_tensor("table", TensorProto.FLOAT, [2, WIDTH], [1.0] * WIDTH + [2.0] * WIDTH)

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from device_agents.batching import chunks, count_to_join, join, part, share_of_queue
+from device_agents.batching import chunks, join, part, share_of_queue
 from device_agents.errors import BadRequest, Overloaded, RunFailed
 from device_agents.executor import Answer, Executor
 from device_agents.runtime import EmulatedQuota, Session
 from device_agents.wire import ServingConfiguration
-from tests.device_agents.models import dense, picky, scaling
+from tests.device_agents.models import adding, dense, picky, scaling
 from tests.device_agents.serving import served
 
 
@@ -68,11 +68,14 @@ def test_free_callers_share_the_queue_instead_of_one_taking_all() -> None:
     assert share_of_queue(waiting_rows=0, free_callers=0, max_batch=8) == 1
 
 
-def test_joining_keeps_the_order_and_stops_at_another_shape_or_the_limit() -> None:
-    one, other = (("x", "<f4", (4,)),), (("x", "<f4", (5,)),)
-    assert count_to_join([(one, 1), (one, 2), (one, 2)], limit_rows=4) == 2
-    assert count_to_join([(one, 1), (other, 1), (one, 1)], limit_rows=4) == 1
-    assert count_to_join([(one, 9)], limit_rows=4) == 1
+def test_requests_of_other_shapes_wait_for_a_run_of_their_own_and_keep_their_order(
+    executor: Executor, tmp_path: Path
+) -> None:
+    executor.swap(served(adding(), tmp_path, max_batch=8))
+    one, other = ({"x": np.ones((1, width), dtype=np.float32)} for width in (2, 3))
+    blocked(executor, request=one)
+    answers = [future.result(5) for future in [executor.submit(each) for each in (one, one, other, one)]]
+    assert [answer.cost.batch_rows for answer in answers] == [2, 2, 1, 1]
 
 
 def test_parts_put_together_are_the_whole() -> None:
