@@ -19,8 +19,11 @@ from device_agents.inspection import examine, status
 from device_agents.listening import QuietServer, bind
 from device_agents.server import InferenceServer
 from device_agents.standalone import load, profile
+from device_agents.store import Store
 
 logger = logging.getLogger("qoe_agent")
+
+LONGEST_CREDENTIAL = 256
 
 FLAGS = (
     ("--service-url", "service_url", str),
@@ -66,12 +69,17 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-batch", type=int, default=8, help="largest batch (default 8)")
     serve.add_argument("--concurrency", type=int, default=1, help="runs at once (default 1)")
     serve.add_argument("--threads", type=int, default=1, help="threads per run (default 1)")
+    serve.add_argument("--slo-ms", type=float, help="answer 95 of 100 within this; batch and concurrency then adapt")
     measure = _command(commands, "profile", _profile, "measure one ONNX file on this device")
     measure.add_argument("file", type=Path, metavar="FILE")
     measure.add_argument("--threads", type=int, default=1, help="threads per run (default 1)")
     measure.add_argument("--json", action="store_true", help="print one line of JSON")
     look = _command(commands, "status", _status, "what the agent of this state folder does")
     look.add_argument("--json", action="store_true", help="print one line of JSON")
+    renew = _command(commands, "credential", _credential, "replace the credential by one that the operator issued anew")
+    renew.add_argument(
+        "--credential-file", type=Path, metavar="FILE", help="file that holds it; default: standard input"
+    )
     _command(commands, "doctor", _doctor, "check what the agent needs, and say what to mend")
     return top
 
@@ -129,6 +137,32 @@ def _enrol(config: AgentConfig, _: argparse.Namespace) -> int:
     return 0
 
 
+def _credential(config: AgentConfig, options: argparse.Namespace) -> int:
+    store = Store(config.state_dir, disk_budget_bytes=config.disk_budget_bytes)
+    identity = store.identity()
+    if identity is None:
+        raise BadConfiguration(f"no device is enrolled in {config.state_dir}: give --token to qoe-agent enrol")
+    credential = _secret(options.credential_file)
+    if (
+        not credential
+        or len(credential) > LONGEST_CREDENTIAL
+        or not credential.isascii()
+        or not credential.isprintable()
+    ):
+        raise BadConfiguration(f"credential: must be 1 to {LONGEST_CREDENTIAL} printable ASCII characters")
+    store.save_identity(identity.model_copy(update={"credential": credential}))
+    _say(f"{identity.device_id} has a new credential; a running agent takes it up by itself")
+    return 0
+
+
+def _secret(path: Path | None) -> str:
+    """From a file or standard input: an argument would be seen by every user of the host."""
+    try:
+        return (path.read_text(encoding="utf-8") if path is not None else sys.stdin.read()).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfiguration(f"credential: {error}") from error
+
+
 def _serve(config: AgentConfig, options: argparse.Namespace) -> int:
     name = options.model_name or options.model.stem
     executor = load(
@@ -138,6 +172,7 @@ def _serve(config: AgentConfig, options: argparse.Namespace) -> int:
         max_batch=options.max_batch,
         max_concurrency=options.concurrency,
         threads=options.threads,
+        slo_p95_ms=options.slo_ms,
     )
     with bind(config.host, config.port) as listener:
         app = InferenceServer({name: executor}, version=agent_version(), body_limit_bytes=config.body_limit_bytes)

@@ -7,8 +7,8 @@ wake-ups, one follower per application. All of them sleep until something is due
 from __future__ import annotations
 
 import logging
+import math
 import random
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +19,19 @@ from typing import Self
 
 import httpx
 
+from device_agents.budget import ThreadBudget
 from device_agents.client import ServiceClient, full_jitter_s
 from device_agents.config import AgentConfig
 from device_agents.desired import open_desired
-from device_agents.errors import AgentError, BadConfiguration, DesiredRefused, ServiceRefused, ServiceUnreachable
+from device_agents.drain import Drain
+from device_agents.errors import (
+    AgentError,
+    BadConfiguration,
+    DesiredRefused,
+    KeysRefused,
+    ServiceRefused,
+    ServiceUnreachable,
+)
 from device_agents.executor import Executor
 from device_agents.follower import Follower
 from device_agents.profiler import Warmed, warm_up
@@ -30,27 +39,26 @@ from device_agents.runtime import EmulatedQuota, Session
 from device_agents.spool import Kept, Spool
 from device_agents.store import Identity, Record, Store
 from device_agents.telemetry import TelemetryReader, hardware
+from device_agents.trust import open_keys
 from device_agents.update import Tools
+from device_agents.wake_ups import WakeUps
 from device_agents.wire import (
-    FEEDBACK_BATCH_LIMIT,
     CheckIn,
     DesiredApplication,
     DesiredState,
     EnrolmentRequest,
     Feedback,
-    FeedbackBatch,
     Hardware,
     OutcomeReport,
     ProfileReport,
+    SignedKeySet,
+    WakeUp,
 )
 
 logger = logging.getLogger("qoe_agent")
 
-TOO_LARGE_OR_WRONG = frozenset({400, 413, 422})
-STEADY_CONNECTION_S = 5.0
 SHORTEST_CHECK_IN_S = 0.2
-DRAIN_EVERY_S = 1.0
-LONGEST_DRAIN_PAUSE_S = 10.0
+LONGEST_SPREAD_S = 60.0
 OUTCOMES_PER_APPLICATION, OUTCOMES_PER_CHECK_IN = 64, 256
 
 
@@ -72,7 +80,8 @@ class _Due:
     """What the loop has to do next. Set by any thread, taken by the loop."""
 
     check_in: bool = True
-    look: bool = True
+    look_at_s: float = 0.0
+    """Monotonic time; infinite when there is no reason to look."""
 
 
 class Agent:
@@ -104,12 +113,15 @@ class Agent:
             rng=self.random,
         )
         self.store.lock()
+        self.store.secure_identity()
         self.spool = Spool(
             config.state_dir / "spool.sqlite3",
             budget_bytes=config.spool_budget_bytes,
             max_age_s=config.spool_max_age_s,
         )
+        self._drain = Drain(self.spool, self.client.send_feedback, rng=self.random)
         self._quota = EmulatedQuota(config.cpu_quota_emulated) if config.cpu_quota_emulated else None
+        self._threads_budget = ThreadBudget()
         self._telemetry = TelemetryReader()
         self._followers: dict[str, Follower] = {}
         # The current document is read again after a restart: what it asks for may not have been reached.
@@ -118,13 +130,11 @@ class Agent:
         self._service_time: tuple[datetime, float] | None = None
         self._told_profiles: set[tuple[str, int]] = set()
         self._told_hardware: Hardware | None = None
-        self._batch_limit = FEEDBACK_BATCH_LIMIT
         self._due = _Due()
         self._poked = threading.Condition()
         self._stopping = threading.Event()
         self._next_check_in_s = 0.0
-        self._next_drain_s = 0.0
-        self._drain_failures = 0
+        self._wake_ups = WakeUps(self.client, on_wake=self._woken, rng=self.random, stopping=self._stopping)
         self._threads: list[threading.Thread] = []
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -162,6 +172,7 @@ class Agent:
             device_id=reply.device_id,
             credential=reply.credential,
             trusted_keys=reply.trusted_keys,
+            keys_version=reply.keys_version,
         )
         self.store.save_identity(identity)
         self.client.identity = identity
@@ -211,8 +222,8 @@ class Agent:
         """Begins to follow the service, in the background."""
         for follower in self._followers.values():
             follower.start()
-        for work in (self._loop, self._listen):
-            thread = threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True)
+        for name, work in (("loop", self._loop), ("wake-ups", self._wake_ups.listen)):
+            thread = threading.Thread(target=work, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -231,10 +242,10 @@ class Agent:
         self.spool.close()
         self.store.unlock()
 
-    def poke(self, *, check_in: bool = False, look: bool = False) -> None:
-        """Says that something is due now."""
+    def poke(self, *, check_in: bool = False, look_at_s: float = math.inf) -> None:
+        """Says that something is due: a check-in now, a look at the desired state at that monotonic time."""
         with self._poked:
-            self._due = _Due(check_in=self._due.check_in or check_in, look=self._due.look or look)
+            self._due = _Due(check_in=self._due.check_in or check_in, look_at_s=min(self._due.look_at_s, look_at_s))
             self._poked.notify()
 
     def accept_feedback(self, feedback: Feedback) -> Kept:
@@ -253,6 +264,8 @@ class Agent:
                 failures = 0
                 self._sleep()
             except AgentError as error:
+                if self._has_new_credential(error):
+                    continue
                 logger.warning("service trouble reason=%r failures=%d", str(error), failures)
                 wait_s = full_jitter_s(failures, self.random)
                 failures += 1
@@ -271,24 +284,27 @@ class Agent:
         Feedback goes first, so that the service knows how a lease ended when the check-in makes it decide anew.
         """
         with self._poked:
-            due, self._due = self._due, _Due(check_in=False, look=False)
+            due, self._due = self._due, _Due(check_in=False, look_at_s=math.inf)
         is_check_in_due = due.check_in or time.monotonic() >= self._next_check_in_s
         try:
-            self._drain_if_due()
+            self._drain.run_if_due(self._service_now())
             if is_check_in_due:
-                due.look |= self._check_in()
+                if self._check_in():
+                    due.look_at_s = 0.0
                 is_check_in_due = False
-            if due.look:
+            if time.monotonic() >= due.look_at_s:
                 self._look()
-                due.look = False
+                due.look_at_s = math.inf
         finally:
-            self.poke(check_in=is_check_in_due, look=due.look)
+            self.poke(check_in=is_check_in_due, look_at_s=due.look_at_s)
 
     def _sleep(self) -> None:
         with self._poked:
-            if self._due.check_in or self._due.look:
+            if self._due.check_in:
                 return
-            due_s = min(self._next_check_in_s, self._next_drain_s) if len(self.spool) else self._next_check_in_s
+            due_s = min(self._next_check_in_s, self._due.look_at_s)
+            if len(self.spool):
+                due_s = min(due_s, self._drain.next_s)
             self._poked.wait(max(0.0, due_s - time.monotonic()))
 
     def _check_in(self) -> bool:
@@ -309,6 +325,7 @@ class Agent:
                 profiles=profiles,
                 dropped=self.spool.dropped(),
                 serving_url=self.serving_url,
+                keys_version=self.client.identity.keys_version if self.client.identity else None,
             ),
             trace_id=next((trace_id for follower in followers if (trace_id := follower.trace_id)), None),
         )
@@ -319,6 +336,8 @@ class Agent:
         self._told_hardware = found
         self._service_time = (reply.server_time, time.monotonic())
         self._next_check_in_s = time.monotonic() + max(SHORTEST_CHECK_IN_S, reply.check_in_interval_s)
+        if reply.keys is not None:
+            self._trust(reply.keys)
         return reply.desired_version > self._seen_version
 
     def _untold_profiles(self) -> tuple[ProfileReport, ...]:
@@ -331,45 +350,32 @@ class Agent:
         told, at_s = self._service_time
         return told + timedelta(seconds=time.monotonic() - at_s)
 
-    def _drain_if_due(self) -> None:
-        """Feedback that cannot be read or sent has a back-off of its own: the device must still be heard and led."""
-        if time.monotonic() < self._next_drain_s:
+    # -- trust -------------------------------------------------------------------------------------------------------
+
+    def _trust(self, signed: SignedKeySet) -> None:
+        """Keys that a trusted key vouches for replace those that were trusted; the credential stays."""
+        identity = self.client.identity
+        assert identity is not None, "only an enrolled device checks in"
+        try:
+            found = open_keys(signed, trusted_keys=identity.trusted_keys, seen_version=identity.keys_version)
+        except KeysRefused as error:
+            logger.warning("key set refused reason=%r", error.reason)
             return
-        limit = self._batch_limit
-        try:
-            sent = self._drain()
-        except (AgentError, sqlite3.Error, ValueError) as error:
-            pause_s = full_jitter_s(self._drain_failures, self.random, cap_s=LONGEST_DRAIN_PAUSE_S)
-            if isinstance(error, ServiceRefused):
-                pause_s = max(pause_s, error.retry_after_s or 0.0, LONGEST_DRAIN_PAUSE_S if error.permanent else 0.0)
-            self._drain_failures += 1
-            logger.warning("feedback waits reason=%r failures=%d", str(error), self._drain_failures)
-        else:
-            self._drain_failures = 0
-            pause_s = DRAIN_EVERY_S if 0 < sent < limit else 0.0
-        self._next_drain_s = time.monotonic() + pause_s
+        kept = self.store.identity() or identity  # the owner may have put another credential there meanwhile
+        identity = kept.model_copy(update={"trusted_keys": found.keys, "keys_version": found.version})
+        self.store.save_identity(identity)
+        self.client.identity = identity
+        logger.info("trusts keys=%s version=%d", ",".join(key.key_id for key in found.keys), found.version)
 
-    def _drain(self) -> int:
-        """Sends one batch, newest rewards first, and returns how many it held.
-
-        What is refused for good must not block what is not.
-        """
-        items = self.spool.batch(now=self._service_now(), limit=self._batch_limit)
-        if not items:
-            return 0
-        try:
-            reply = self.client.send_feedback(FeedbackBatch(items=items))
-        except ServiceRefused as error:
-            if error.http_status not in TOO_LARGE_OR_WRONG:
-                raise
-            if len(items) == 1:
-                logger.warning("feedback refused id=%s reason=%r", items[0].id, error.reason)
-                self.spool.refuse(items[0].id)
-            self._batch_limit = max(1, len(items) // 2)
-            return FEEDBACK_BATCH_LIMIT
-        self.spool.settle(reply.results)
-        self._batch_limit = min(FEEDBACK_BATCH_LIMIT, self._batch_limit * 2)
-        return len(items)
+    def _has_new_credential(self, error: AgentError) -> bool:
+        """Whether the owner replaced a credential that the service no longer takes."""
+        known, kept = self.client.identity, self.store.identity()
+        is_refused = isinstance(error, ServiceRefused) and error.http_status == 401
+        if not is_refused or known is None or kept is None or kept.credential == known.credential:
+            return False
+        self.client.identity = known.model_copy(update={"credential": kept.credential})
+        logger.info("goes on with the credential that was put into the state folder")
+        return True
 
     # -- desired state -----------------------------------------------------------------------------------------------
 
@@ -415,7 +421,7 @@ class Agent:
             follower.order(desired, seen_s=seen_s)
 
     def _follower(self, record: Record) -> Follower:
-        executor = Executor(record.model_name, queue_requests=self.config.queue_requests)
+        executor = Executor(record.model_name, queue_requests=self.config.queue_requests, budget=self._threads_budget)
         tools = Tools(
             store=self.store,
             fetch=self.client.download,
@@ -441,8 +447,7 @@ class Agent:
 
     def _send_lease(self, feedback: Feedback) -> None:
         self.spool.put(feedback, now=self._service_now())
-        if not self._drain_failures:
-            self._next_drain_s = 0.0
+        self._drain.hurry()
         self.poke(check_in=True)
 
     def _warm_up(self, desired: DesiredApplication, *, must_match: Session | None) -> Warmed:
@@ -459,29 +464,12 @@ class Agent:
             quota=self._quota,
         )
 
-    # -- wake-ups ----------------------------------------------------------------------------------------------------
-
-    def _listen(self) -> None:
-        failures = 0
-        while not self._stopping.is_set():
-            connected_s = time.monotonic()
-            try:
-                for _ in self.client.wake_ups():
-                    self.poke(look=True)
-                    if self._stopping.is_set():
-                        return
-                wait_s = self.random.uniform(0.0, 1.0)
-            except AgentError as error:
-                logger.debug("wake-up channel ended reason=%r", str(error))
-                wait_s = full_jitter_s(failures, self.random)
-                if isinstance(error, ServiceRefused) and error.permanent:
-                    wait_s = max(wait_s, 30.0)
-            except Exception:
-                # The top of a loop: without wake-ups the agent still looks at every check-in.
-                logger.exception("listener failed")
-                wait_s = full_jitter_s(failures, self.random, base_s=5.0)
-            failures = 0 if time.monotonic() - connected_s > STEADY_CONNECTION_S else failures + 1
-            self._stopping.wait(wait_s)
+    def _woken(self, wake_up: WakeUp | None) -> None:
+        """Some time within the spread that the service asks for, unless the version is known already."""
+        if wake_up is not None and wake_up.version == self._seen_version:
+            return
+        spread_s = wake_up.spread_s if wake_up is not None else 0.0
+        self.poke(look_at_s=time.monotonic() + self.random.uniform(0.0, min(spread_s, LONGEST_SPREAD_S)))
 
 
 def _first_outcomes(followers: Sequence[Follower]) -> dict[Follower, tuple[OutcomeReport, ...]]:

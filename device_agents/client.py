@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import json
 import logging
 import random
 import secrets
@@ -15,6 +14,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -34,6 +34,7 @@ from device_agents.wire import (
     Outcome,
     SignedDesired,
     VariantReference,
+    WakeUp,
 )
 
 logger = logging.getLogger("qoe_agent.client")
@@ -41,6 +42,9 @@ logger = logging.getLogger("qoe_agent.client")
 TIMEOUT = httpx.Timeout(10.0)
 WAKE_UP_TIMEOUT = httpx.Timeout(10.0, read=60.0)
 DOWNLOAD_ATTEMPTS = 6
+# A break after that much progress is the line's fault, not a reason to give up: large variants cross bad networks too.
+PROGRESS_BYTES = 65_536
+CANCEL_TICK_S = 0.25
 LONGEST_WAIT_S = 300.0
 
 AnyMessage = TypeVar("AnyMessage", bound=BaseModel)
@@ -102,6 +106,7 @@ class ServiceClient:
             transport=transport,
             verify=verify,
             trust_env=not is_loopback(self._origin.host),
+            event_hooks={"request": [self._check]},
         )
         self._elsewhere: dict[bool, httpx.Client] = {}
         self._ca_bundle = ca_bundle
@@ -133,10 +138,10 @@ class ServiceClient:
 
     # -- wake-ups ------------------------------------------------------------------------------------------------
 
-    def wake_ups(self) -> Iterator[int | None]:
-        """Listens until the connection ends: None once it stands, then the version of each wake-up.
+    def wake_ups(self) -> Iterator[WakeUp | None]:
+        """Listens until the connection ends: each wake-up, the first with the version that is desired now.
 
-        A wake-up only says "look now"; what was missed before the connection stood is found by looking once.
+        None stands for one that cannot be understood. A wake-up only says "look"; it is no news by itself.
         """
         headers = self._headers() | {"Accept": "text/event-stream"}
         try:
@@ -144,10 +149,9 @@ class ServiceClient:
             with self._http.stream("GET", url, headers=headers, timeout=WAKE_UP_TIMEOUT) as response:
                 _raise_for(response)
                 self._wake_up_socket = _socket_of(response)
-                yield None
                 for line in response.iter_lines():
                     if line.startswith("data:"):
-                        yield _version(line.removeprefix("data:"))
+                        yield _wake_up(line.removeprefix("data:"))
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise ServiceUnreachable(_said(error)) from error
         finally:
@@ -172,10 +176,13 @@ class ServiceClient:
     ) -> int:
         """Completes ``part`` up to the announced size and returns the bytes fetched.
 
-        Resumes what is there. Attempts are bounded; raises AttemptFailed(download_failed), or Superseded.
+        Resumes what is there. Attempts without progress are bounded; raises AttemptFailed(download_failed), or
+        Superseded.
         """
         transfer = _Transfer(variant, part, is_cancelled)
-        for failures in range(DOWNLOAD_ATTEMPTS):
+        failures = 0
+        while failures < DOWNLOAD_ATTEMPTS:
+            had_bytes = transfer.fetched
             try:
                 if transfer.have < variant.size_bytes:
                     self._fetch(transfer, trace_id)
@@ -184,19 +191,24 @@ class ServiceClient:
                 if error.permanent:
                     raise AttemptFailed(error.reason, outcome=Outcome.DOWNLOAD_FAILED) from error
                 logger.warning("download failed digest=%s reason=%r", variant.digest, str(error))
-                if failures + 1 < DOWNLOAD_ATTEMPTS:
-                    pause_s = full_jitter_s(failures, self._rng, cap_s=30.0)
+                failures = 1 if transfer.fetched - had_bytes >= PROGRESS_BYTES else failures + 1
+                if failures < DOWNLOAD_ATTEMPTS:
+                    pause_s = full_jitter_s(failures - 1, self._rng, cap_s=30.0)
                     wait(max(pause_s, _asked_wait_s(error)))
             if is_cancelled():
                 raise Superseded("overtaken while downloading")
-        raise AttemptFailed(f"gave up after {DOWNLOAD_ATTEMPTS} attempts", outcome=Outcome.DOWNLOAD_FAILED)
+        reason = f"gave up after {DOWNLOAD_ATTEMPTS} attempts without progress"
+        raise AttemptFailed(reason, outcome=Outcome.DOWNLOAD_FAILED)
 
     def _fetch(self, transfer: _Transfer, trace_id: str | None) -> None:
         client, headers = self._client_for(transfer.variant.url, trace_id)
         # Compressed transfer would make byte ranges meaningless.
         headers |= transfer.range_headers() | {"Accept-Encoding": "identity"}
         try:
-            with client.stream("GET", transfer.variant.url, headers=headers, follow_redirects=True) as response:
+            with (
+                client.stream("GET", transfer.variant.url, headers=headers, follow_redirects=True) as response,
+                _cut_when(transfer.is_cancelled, _socket_of(response)),
+            ):
                 transfer.receive(response)
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise ServiceUnreachable(_said(error)) from error
@@ -213,11 +225,22 @@ class ServiceClient:
             is_here = is_loopback(target.host)
             if is_here not in self._elsewhere:
                 self._elsewhere[is_here] = httpx.Client(
-                    timeout=TIMEOUT, verify=trust(self._ca_bundle), transport=self._transport, trust_env=not is_here
+                    timeout=TIMEOUT,
+                    verify=trust(self._ca_bundle),
+                    transport=self._transport,
+                    trust_env=not is_here,
+                    event_hooks={"request": [self._check]},
                 )
             return self._elsewhere[is_here], {}
 
     # -- plumbing ------------------------------------------------------------------------------------------------
+
+    def _check(self, request: httpx.Request) -> None:
+        """Every request, those that a redirect leads to as well, goes where the settings permit it."""
+        try:
+            require_safe(str(request.url), allow_plaintext=self._allow_plaintext)
+        except BadConfiguration as error:
+            raise AttemptFailed(f"redirected: {error.reason}", outcome=Outcome.DOWNLOAD_FAILED) from error
 
     @property
     def _device_path(self) -> str:
@@ -326,10 +349,10 @@ def _parsed(response: httpx.Response, kind: type[AnyMessage]) -> AnyMessage:
         raise ServiceUnreachable(f"the answer is not a {kind.__name__}") from error
 
 
-def _version(text: str) -> int | None:
+def _wake_up(text: str) -> WakeUp | None:
     try:
-        return int(json.loads(text)["version"])
-    except (ValueError, KeyError, TypeError):
+        return WakeUp.model_validate_json(text)
+    except ValidationError:
         return None
 
 
@@ -341,6 +364,26 @@ def _socket_of(response: httpx.Response) -> socket.socket | None:
     stream = response.extensions.get("network_stream")
     found = stream.get_extra_info("socket") if stream is not None else None
     return found if isinstance(found, socket.socket) else None
+
+
+@contextmanager
+def _cut_when(is_cancelled: Callable[[], bool], connection: socket.socket | None) -> Iterator[None]:
+    """Ends a transfer that is cancelled while it waits for bytes, instead of after its time-out."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(CANCEL_TICK_S):
+            if is_cancelled() and connection is not None:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+                return
+
+    if connection is not None:
+        threading.Thread(target=watch, name="cancel-download", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 def trust(ca_bundle: str) -> Any:

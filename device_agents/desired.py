@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterable
 from datetime import datetime
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 
 from device_agents.errors import DesiredRefused
-from device_agents.wire import DesiredState, Signature, SignedDesired, TrustedKey
+from device_agents.trust import is_signed
+from device_agents.wire import DesiredState, SignedDesired, TrustedKey
 
 
 def open_desired(
@@ -23,12 +20,10 @@ def open_desired(
     Raises DesiredRefused with the reason. The signature is checked over the UTF-8 bytes of the text before
     anything in it is read.
     """
-    document = signed.document.encode()
-    keys = {key.key_id: key for key in trusted_keys}
-    if not any(_is_valid(signature, document, keys.get(signature.key_id)) for signature in signed.signatures):
+    if not is_signed(signed.document, signed.signatures, trusted_keys=trusted_keys):
         raise DesiredRefused("no signature by a trusted key")
     try:
-        state = DesiredState.model_validate_json(document)
+        state = DesiredState.model_validate_json(signed.document)
     except ValidationError as error:
         raise DesiredRefused(f"the document cannot be read: {error.error_count()} problems") from error
     if state.device_id != device_id:
@@ -38,14 +33,3 @@ def open_desired(
     if state.expires_at <= now:
         raise DesiredRefused(f"the document expired at {state.expires_at.isoformat()}")
     return state
-
-
-def _is_valid(signature: Signature, document: bytes, key: TrustedKey | None) -> bool:
-    if key is None:
-        return False
-    try:
-        public_key = Ed25519PublicKey.from_public_bytes(base64.b64decode(key.public_key, validate=True))
-        public_key.verify(base64.b64decode(signature.value, validate=True), document)
-    except (InvalidSignature, ValueError, binascii.Error):
-        return False
-    return True

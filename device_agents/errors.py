@@ -52,6 +52,12 @@ class DesiredRefused(AgentError):
     code = "desired_refused"
 
 
+class KeysRefused(AgentError):
+    """A set of keys that must not be trusted: signed by no trusted key, or not newer than the known one."""
+
+    code = "keys_refused"
+
+
 class AttemptFailed(AgentError):
     """An attempt to follow a decision ended; ``outcome`` tells the service how."""
 

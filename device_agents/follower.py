@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from device_agents.errors import AgentError
 from device_agents.executor import Executor, ServedModel
 from device_agents.lease import LEASE_ID_PREFIX
+from device_agents.states import is_under_way
 from device_agents.store import Record
-from device_agents.update import Machine, Tools, is_under_way
+from device_agents.update import Machine, Tools
 from device_agents.wire import ApplicationReport, DesiredApplication, Feedback, OutcomeReport, UpdateState
 
 logger = logging.getLogger("qoe_agent.follower")
@@ -151,7 +152,7 @@ class Follower:
         if order is not None and not self._is_stopping:
             self._obey(order)
         elif self._machine.record.state is UpdateState.SOAKING:
-            self._machine.soak()
+            self._machine.soak(self._overtaken)
         served = self.executor.served
         if served is not None and served.account.active_s(time.monotonic()) >= served.lease_s:
             self._close_lease(served)
@@ -204,6 +205,7 @@ class Follower:
                 components=served.account.components(now_s),
                 lease_closed=True,
                 active_s=served.account.active_s(now_s),
+                controller_version=served.controller_version,
                 observed_at=self._tools.now(),
             )
         )

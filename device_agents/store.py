@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +46,7 @@ class Identity(Message):
     device_id: str
     credential: str = Field(repr=False)
     trusted_keys: tuple[TrustedKey, ...] = ()
+    keys_version: int = 0
 
 
 class Record(Message):
@@ -57,6 +58,7 @@ class Record(Message):
     committed: DesiredApplication | None = None
     previous: DesiredApplication | None = None
     candidate: DesiredApplication | None = None
+    fallback: DesiredApplication | None = Field(default=None, description="stands in while nothing is committed")
     lease_closed: str | None = Field(default=None, description="decision whose lease was last closed")
     attempts: dict[str, int] = Field(default_factory=dict, description="attempts per decision, newest last")
     outcomes: tuple[OutcomeReport, ...] = Field(default=(), description="not yet acknowledged by the service")
@@ -121,6 +123,14 @@ class Store:
     def identity(self) -> Identity | None:
         """Who this device is, or None before enrolment."""
         return self._read(self.folder / "identity.json", Identity)
+
+    def secure_identity(self) -> None:
+        """Takes the credential away from other users of the host, whoever copied it here with wider permissions."""
+        path = self.folder / "identity.json"
+        with suppress(FileNotFoundError):
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
+                logger.warning("others could read %s: now they cannot", path)
 
     def save_identity(self, identity: Identity) -> None:
         """Keeps the credential, readable by the owner only."""
@@ -233,6 +243,11 @@ class Store:
         """Marks a variant as used now, which makes it the last to be evicted."""
         os.utime(self.artifact(digest))
 
+    def demote(self, digest: str) -> None:
+        """Marks a variant as the first to be evicted: it failed here, so it is worth less than any that did not."""
+        with suppress(OSError):
+            os.utime(self.artifact(digest), (0.0, 0.0))
+
     def is_intact(self, digest: str, path: Path | None = None) -> bool:
         """Whether a file still hashes to its name."""
         try:
@@ -242,13 +257,16 @@ class Store:
             return False
 
     def make_room(self, *, digest: str, size_bytes: int, keep: Collection[str]) -> None:
-        """Evicts the least recently used variants until one of ``size_bytes`` fits; raises AttemptFailed(no_space).
+        """Evicts what is worth least until a variant of ``size_bytes`` fits; raises AttemptFailed(no_space).
 
+        Worth least are beginnings of other downloads, then variants that failed here, then the longest unused.
         Variants in ``keep`` are running or needed for a rollback and never go.
         """
         part = self.part(digest)
         missing = size_bytes - (part.stat().st_size if part.exists() else 0)
-        evictable = [p for p in sorted(self._files(), key=_last_used) if p.stem not in {*keep, digest}]
+        with self._brought:
+            kept = {*keep, *self._bringing, digest}
+        evictable = [p for p in sorted(self._files(), key=_worth) if p.stem not in kept]
         while not self._fits(missing):
             if not evictable:
                 raise AttemptFailed(f"no room for {size_bytes} bytes", outcome=Outcome.NO_SPACE)
@@ -277,6 +295,10 @@ class Store:
 
     def _artifacts(self) -> list[Path]:
         return [p for p in self._files() if p.suffix == ".onnx"]
+
+
+def _worth(path: Path) -> tuple[bool, float]:
+    return path.suffix == ".onnx", _last_used(path)
 
 
 def _last_used(path: Path) -> float:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-WIRE_VERSION = "1.0"
+WIRE_VERSION = "1.1"
 FEEDBACK_BATCH_LIMIT = 500
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of the artifact, lower-case hex")]
@@ -75,6 +75,34 @@ class EnrolmentReply(Message):
     credential: ShortText
     trusted_keys: tuple[TrustedKey, ...] = ()
     check_in_interval_s: Seconds = 30
+    keys_version: Count = Field(default=0, description="version of trusted_keys; since wire 1.1")
+
+
+# -- signatures ----------------------------------------------------------------------------------------------------
+
+
+class Signature(Message):
+    """One signature over the UTF-8 bytes of the document."""
+
+    key_id: Name
+    algorithm: Literal["ed25519"] = "ed25519"
+    value: ShortText = Field(description="base64 of the 64 raw bytes")
+
+
+class KeySet(Message):
+    """The keys that may sign from now on. Versions only grow; a set not above the one known is ignored."""
+
+    kind: Literal["key_set"]
+    version: Count
+    issued_at: datetime
+    keys: tuple[TrustedKey, ...] = Field(min_length=1, max_length=16)
+
+
+class SignedKeySet(Message):
+    """A KeySet as the exact JSON text that was signed; a device follows it if a key that it trusts now signed it."""
+
+    document: Annotated[str, Field(max_length=32_768)]
+    signatures: tuple[Signature, ...] = ()
 
 
 # -- check-in: what is ---------------------------------------------------------------------------------------------
@@ -171,6 +199,9 @@ class CheckIn(Message):
     profiles: tuple[ProfileReport, ...] = Field(default=(), max_length=256)
     dropped: dict[Name, Count] = Field(default_factory=dict, max_length=64, description="records lost, by reason")
     serving_url: ShortText = Field(default="", description="where the device's inference server listens")
+    keys_version: Count | None = Field(
+        default=None, description="version of the keys that the device trusts; None: it follows no rotation"
+    )
 
 
 class CheckInReply(Message):
@@ -179,6 +210,14 @@ class CheckInReply(Message):
     check_in_interval_s: Seconds
     desired_version: Count
     server_time: datetime
+    keys: SignedKeySet | None = Field(default=None, description="only when the device knows an older version")
+
+
+class WakeUp(Message):
+    """Data of a server-sent ``wake`` event: look at the desired state, some time within ``spread_s``."""
+
+    version: Count
+    spread_s: Seconds = Field(default=0, description="wide when many are woken at once, so that they do not all come")
 
 
 # -- desired state: what should be -----------------------------------------------------------------------------------
@@ -235,14 +274,6 @@ class DesiredState(Message):
     expires_at: datetime
     check_in_interval_s: Seconds = 30
     applications: tuple[DesiredApplication, ...] = Field(default=(), max_length=64)
-
-
-class Signature(Message):
-    """One signature over the UTF-8 bytes of the document."""
-
-    key_id: Name
-    algorithm: Literal["ed25519"] = "ed25519"
-    value: ShortText = Field(description="base64 of the 64 raw bytes")
 
 
 class SignedDesired(Message):

@@ -64,6 +64,7 @@ def enrol(request: HttpRequest, body: EnrolmentRequest) -> EnrolmentReply:
         credential=credential,
         trusted_keys=keys.trusted_keys(now=now),
         check_in_interval_s=settings.CHECK_IN_INTERVAL_S,
+        keys_version=keys.keys_version(),
     )
 
 

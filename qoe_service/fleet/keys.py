@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import uuid
+from collections.abc import Iterable
 from datetime import datetime
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from django.db import transaction
+from django.db.models import Count
 
-from device_agents.wire import Signature, TrustedKey
+from device_agents.wire import KeySet, Signature, SignedKeySet, TrustedKey
 from qoe_service.errors import NotAuthenticated, NotFound
 from qoe_service.fleet import audit
 from qoe_service.fleet.models import ApplicationKey, SigningKey
@@ -46,7 +48,7 @@ def revoke_application_key(*, key_id: int, actor: str, now: datetime) -> None:
 
 
 def create_signing_key(*, actor: str, now: datetime) -> SigningKey:
-    """A further key that signs. Devices enrolled before it go on trusting the older ones until these retire."""
+    """A further key that signs. Devices learn of it at their next check-in; older keys sign on until they retire."""
     private = Ed25519PrivateKey.generate()
     with transaction.atomic():
         key = SigningKey.objects.create(
@@ -60,7 +62,10 @@ def create_signing_key(*, actor: str, now: datetime) -> SigningKey:
 
 
 def retire_signing_key(*, key_id: str, actor: str, now: datetime) -> None:
-    """Sign with it no more. Devices that trust no other key must enrol again."""
+    """Sign desired documents with it no more. Devices end their trust in it at their next check-in.
+
+    It still vouches for the keys that came after it, so that a device that was away all the time finds its way.
+    """
     with transaction.atomic():
         if SigningKey.objects.filter(key_id=key_id, retired_at=None).update(retired_at=now):
             audit.record(actor=actor, verb="retire_signing_key", subject=f"signing-key:{key_id}", now=now)
@@ -82,12 +87,34 @@ def trusted_keys(*, now: datetime) -> tuple[TrustedKey, ...]:
     )
 
 
+def keys_version() -> int:
+    """The version of the set of keys in use: every key that is made or retired makes it greater by one."""
+    counted = SigningKey.objects.aggregate(made=Count("pk"), retired=Count("retired_at"))
+    return int(counted["made"] + counted["retired"])
+
+
+def newer_keys(*, known_version: int | None, now: datetime) -> SignedKeySet | None:
+    """The set of keys in use for a device that knows an older one. None: it is up to date, or follows no rotation.
+
+    Every key signs it that ever was in use: whoever holds a retired key can deceive a device that still trusts it
+    anyway, and by no other way does that device ever end its trust.
+    """
+    if known_version is None or known_version >= keys_version():
+        return None
+    keys = trusted_keys(now=now)
+    text = KeySet(kind="key_set", version=keys_version(), issued_at=now, keys=keys).model_dump_json()
+    return SignedKeySet(document=text, signatures=_signatures(text, SigningKey.objects.order_by("-created_at")))
+
+
 def sign(*, text: str, now: datetime) -> tuple[Signature, ...]:
     """One signature by each key in use, so that a device finds one it trusts while keys rotate."""
+    return _signatures(text, signing_keys(now=now))
+
+
+def _signatures(text: str, keys: Iterable[SigningKey]) -> tuple[Signature, ...]:
     message = text.encode()
     return tuple(
-        Signature(key_id=key.key_id, value=base64.b64encode(_private(key).sign(message)).decode())
-        for key in signing_keys(now=now)
+        Signature(key_id=key.key_id, value=base64.b64encode(_private(key).sign(message)).decode()) for key in keys
     )
 
 

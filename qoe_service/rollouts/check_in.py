@@ -16,7 +16,7 @@ from qoe_service.catalogue import profiles
 from qoe_service.decisions import ranking
 from qoe_service.decisions.models import Decision, Learner
 from qoe_service.errors import NotPermitted
-from qoe_service.fleet import reports
+from qoe_service.fleet import keys, reports
 from qoe_service.fleet.models import Device
 from qoe_service.observability import current_trace_id
 from qoe_service.rollouts import desired, health, reconcile, tasks
@@ -42,7 +42,10 @@ def check_in(*, device: Device, report: CheckIn, rng: random.Random, now: dateti
     if reconcile.ready(now=now).filter(device=device).exists():
         _wake(device.pk)
     return CheckInReply(
-        check_in_interval_s=interval_s, desired_version=desired.version_of(device_id=device.pk), server_time=now
+        check_in_interval_s=interval_s,
+        desired_version=desired.version_of(device_id=device.pk),
+        server_time=now,
+        keys=keys.newer_keys(known_version=report.keys_version, now=now),
     )
 
 

@@ -22,6 +22,7 @@ from django.db import connection
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from device_agents.wire import WakeUp
 from qoe_service.observability import WAKE_UP_CLIENTS
 from qoe_service.rollouts import changes, desired
 
@@ -32,6 +33,9 @@ HEART_BEAT_S = 15.0
 RESCAN_S = 5.0
 # A device needs one stream; a second may overlap while it reconnects. The oldest beyond that ends.
 STREAMS_PER_DEVICE = 2
+# Devices that are woken together are asked to come at this rate, which leaves room for everybody else.
+LOOKS_PER_S = 150.0
+FEW = 10
 
 
 class Listener:
@@ -40,13 +44,14 @@ class Listener:
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
         self.version = 0
+        self.spread_s = 0.0
         self.is_ended = False
         self._woken = asyncio.Event()
 
-    def notify(self, version: int) -> None:
-        """Wake the stream unless it said this version already."""
+    def notify(self, version: int, spread_s: float = 0.0) -> None:
+        """Wake the stream unless it said this version already; the device may take ``spread_s`` to look."""
         if version > self.version:
-            self.version = version
+            self.version, self.spread_s = version, spread_s
             self._woken.set()
 
     def end(self) -> None:
@@ -116,6 +121,24 @@ class RedisSignal:
         await self._redis.aclose()
 
 
+class Pace:
+    """How long devices that are woken now may take to look, so that all who were woken come at LOOKS_PER_S."""
+
+    def __init__(self) -> None:
+        self._done_at_s = 0.0
+
+    def spread_s(self, count: int, now_s: float) -> float:
+        """For ``count`` devices more at ``now_s``; a few come at once.
+
+        >>> pace = Pace()
+        >>> pace.spread_s(1, 0.0), pace.spread_s(300, 10.0), pace.spread_s(300, 10.0)
+        (0.0, 2.0, 4.0)
+        """
+        self._done_at_s = max(self._done_at_s, now_s) + count / LOOKS_PER_S
+        left_s = self._done_at_s - now_s
+        return left_s if left_s > FEW / LOOKS_PER_S else 0.0
+
+
 class Watcher:
     """Reads changes while there are listeners, and wakes those whose device changed."""
 
@@ -124,6 +147,7 @@ class Watcher:
         self._listeners: dict[str, list[Listener]] = {}
         self._task: asyncio.Task[None] | None = None
         self._is_away = False
+        self._pace = Pace()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wake-up")
 
     @contextmanager
@@ -171,11 +195,17 @@ class Watcher:
             self._is_away = True
             return last_id
         self._is_away = False
-        for row_id, device_id, version in rows:
-            last_id = max(last_id or 0, row_id)
-            for listener in self._listeners.get(device_id, ()):
-                listener.notify(version)
-        return last_id
+        versions = {device_id: version for _, device_id, version in rows}
+        woken = [
+            (listener, version)
+            for device_id, version in versions.items()
+            for listener in self._listeners.get(device_id, ())
+            if version > listener.version
+        ]
+        spread_s = self._pace.spread_s(len(woken), asyncio.get_running_loop().time())
+        for listener, version in woken:
+            listener.notify(version, spread_s)
+        return max([last_id or 0, *(row_id for row_id, _, _ in rows)])
 
 
 def _hang_up() -> None:
@@ -222,7 +252,12 @@ async def stream(*, device_id: str, age_s: float, heart_beat_s: float = HEART_BE
             if not await listener.wait(min(heart_beat_s, left_s)):
                 yield ": heart-beat\n\n"
             elif not listener.is_ended:
-                yield f"event: wake\ndata: {json.dumps({'version': listener.version})}\n\n"
+                yield f"event: wake\ndata: {_words(listener)}\n\n"
+
+
+def _words(listener: Listener) -> str:
+    message = WakeUp(version=listener.version, spread_s=round(listener.spread_s, 2))
+    return json.dumps(message.model_dump(exclude_defaults=True))
 
 
 async def _current_version(source: Watcher, device_id: str) -> int:

@@ -29,6 +29,7 @@ from device_agents.wire import (
     ServingConfiguration,
     Signature,
     SignedDesired,
+    SignedKeySet,
     TrustedKey,
     VariantReference,
 )
@@ -87,6 +88,9 @@ class FakeService:
     """Answers like the service. ``failing`` makes it answer with that status; ``cut_after`` breaks downloads."""
 
     key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+    key_id: str = "k1"
+    key_set: SignedKeySet | None = None
+    credential: str | None = None
     device_id: str = "device-1"
     artifacts: dict[str, bytes] = field(default_factory=dict)
     applications: tuple[DesiredApplication, ...] = ()
@@ -152,6 +156,8 @@ class FakeService:
         if self.is_away:
             raise httpx.ConnectError("nobody there")
         path = request.url.path
+        if self.credential is not None and request.headers.get("Authorization") != f"Bearer {self.credential}":
+            return httpx.Response(401, json={"title": "no", "detail": "revoked", "status": 401, "code": "credential"})
         failing = self.failing or (self.failing_feedback if path.endswith("/batch") else None)
         if failing is not None:
             problem = {"title": "no", "detail": "not now", "status": failing, "code": "no"}
@@ -178,6 +184,7 @@ class FakeService:
             check_in_interval_s=self.check_in_interval_s,
             desired_version=self.version,
             server_time=NOW + self.clock_offset,
+            keys=self.key_set,
         )
         return httpx.Response(200, text=reply.model_dump_json())
 
@@ -185,11 +192,12 @@ class FakeService:
         etag = f'"{self.version}"'
         if request.headers.get("If-None-Match") == etag:
             return httpx.Response(304)
-        signed = signed_by(self.key, self.document())
+        signed = signed_by(self.key, self.document(), self.key_id)
         return httpx.Response(200, text=signed.model_dump_json(), headers={"ETag": etag})
 
     def _wake_up(self, request: httpx.Request) -> httpx.Response:
         events: queue.Queue[str] = queue.Queue()
+        events.put(f'event: wake\ndata: {{"version": {self.version}}}\n\n')
         self.listeners.append(events)
         return httpx.Response(200, stream=_Stream(events), headers={"Content-Type": "text/event-stream"})
 

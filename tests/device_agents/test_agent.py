@@ -450,7 +450,7 @@ def test_an_expiry_is_told_by_the_clock_of_the_service_whatever_the_device_belie
         agent.work_once()
         clock[0] = NOW + timedelta(days=15)
         service.want(desired(TWICE, "d1"))
-        agent.poke(look=True)
+        agent.poke(look_at_s=0)
         agent.work_once()
         eventually(lambda: running(agent) == "d1")
 

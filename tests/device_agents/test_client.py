@@ -1,14 +1,16 @@
-"""Downloads, refusals and back-off of the client, over a transport in memory."""
+"""Downloads, refusals and back-off of the client, over a transport in memory, or a socket where it must break."""
 
 from __future__ import annotations
 
 import random
+import socket
+import threading
 from pathlib import Path
 
 import httpx
 import pytest
 
-from device_agents.client import DOWNLOAD_ATTEMPTS, ServiceClient, full_jitter_s
+from device_agents.client import DOWNLOAD_ATTEMPTS, PROGRESS_BYTES, ServiceClient, full_jitter_s
 from device_agents.config import AgentConfig
 from device_agents.errors import AttemptFailed, BadConfiguration, ServiceRefused, ServiceUnreachable, Superseded
 from device_agents.inspection import examine
@@ -192,3 +194,53 @@ def test_back_off_is_fully_jittered_and_bounded() -> None:
 def test_an_unknown_digest_is_told_with_the_services_words(client: ServiceClient, tmp_path: Path) -> None:
     with pytest.raises(AttemptFailed, match="unknown digest"):
         fetch(client, tmp_path / "m.part", variant(scaling(5)))
+
+
+def test_a_redirect_leads_to_no_plain_http_elsewhere(tmp_path: Path) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.url.host == "127.0.0.1", "the request went out in the clear"
+        return httpx.Response(302, headers={"Location": "http://storage.example.org/model"})
+
+    client = ServiceClient(URL, identity=IDENTITY, transport=httpx.MockTransport(answer))
+    with pytest.raises(AttemptFailed, match="https://") as failed:
+        fetch(client, tmp_path / "m.part")
+    assert failed.value.outcome is Outcome.DOWNLOAD_FAILED
+
+
+def test_a_line_that_breaks_often_but_gets_on_is_no_reason_to_give_up(tmp_path: Path) -> None:
+    content = bytes((DOWNLOAD_ATTEMPTS + 2) * PROGRESS_BYTES)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        start = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        body = content[start : start + PROGRESS_BYTES]
+        return httpx.Response(206 if start else 200, headers=headers, stream=Body(body, None))
+
+    client = ServiceClient(URL, identity=IDENTITY, transport=httpx.MockTransport(answer))
+    wanted = variant(Model(content))
+    assert fetch(client, tmp_path / "m.part", wanted) == len(content)
+
+
+def test_a_download_that_waits_for_bytes_stops_within_a_second_when_it_is_overtaken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        overtaken = threading.Event()
+
+        def stall() -> None:
+            connection, _ = listener.accept()
+            connection.recv(65_536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nx")
+            overtaken.wait(10)
+            connection.recv(1)  # until the device hangs up
+            connection.close()
+
+        thread = threading.Thread(target=stall)
+        thread.start()
+        client = ServiceClient(f"http://127.0.0.1:{listener.getsockname()[1]}", identity=IDENTITY)
+        threading.Timer(0.3, overtaken.set).start()
+        with pytest.raises(Superseded):
+            client.download(
+                variant(MODEL), tmp_path / "m.part", is_cancelled=overtaken.is_set, wait=lambda _: overtaken.wait(5)
+            )
+        thread.join(5)
+        assert not thread.is_alive()
+        client.close()

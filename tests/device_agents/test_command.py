@@ -22,7 +22,7 @@ from device_agents.executor import check_inputs
 from device_agents.inference_protocol import decode_request
 from device_agents.listening import bind
 from device_agents.runtime import Session
-from device_agents.store import Record, Store
+from device_agents.store import Identity, Record, Store
 from device_agents.wire import UpdateState
 from tests.device_agents.fake_service import desired
 from tests.device_agents.models import Model, scaling
@@ -92,6 +92,31 @@ def test_doctor_says_what_to_mend(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.startswith("ok   python") for line in lines)
     assert any(line.startswith("MEND service") for line in lines)
     assert any(line.startswith("MEND credential") and "--token" in line for line in lines)
+
+
+def test_a_credential_is_replaced_and_stays_private(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(tmp_path / "state", disk_budget_bytes=10**6)
+    identity = Identity(service_url="https://qoe.example.org", device_id="d-1", credential="old")
+    store.save_identity(identity)
+    (tmp_path / "secret").write_text("new-credential\n")
+    assert main(["credential", "--credential-file", str(tmp_path / "secret")]) == 0
+    assert store.identity() == identity.model_copy(update={"credential": "new-credential"})
+    assert (tmp_path / "state" / "identity.json").stat().st_mode & 0o777 == 0o600
+    assert "new-credential" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "says"), [("", "1 to 256"), ("x" * 300, "1 to 256"), ("a\nb", "printable")])
+def test_a_credential_that_cannot_be_one_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
+) -> None:
+    (tmp_path / "secret").write_text(text)
+    command = ["credential", "--credential-file", str(tmp_path / "secret")]
+    assert main(command) == 1
+    assert "no device is enrolled" in capsys.readouterr().err
+    store = Store(tmp_path / "state", disk_budget_bytes=10**6)
+    store.save_identity(Identity(service_url="https://qoe.example.org", device_id="d-1", credential="old"))
+    assert main(command) == 1
+    assert says in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -98,3 +98,30 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadConfiguration, match="state_dir"):
         Store(tmp_path / "file" / "state", disk_budget_bytes=1)
+
+
+def test_what_failed_here_and_beginnings_of_other_downloads_go_before_what_did_well(tmp_path: Path) -> None:
+    store = Store(tmp_path, disk_budget_bytes=300)
+    oldest, failed = keep(store, b"o" * 100, used_at=1), keep(store, b"f" * 100, used_at=2)
+    store.part("e" * 64).write_bytes(b"x" * 100)
+    store.demote(failed)
+    store.make_room(digest="f" * 64, size_bytes=100, keep=set())
+    assert not store.part("e" * 64).exists()
+    assert set(store.cached_digests()) == {oldest, failed}
+    store.make_room(digest="f" * 64, size_bytes=200, keep=set())
+    assert set(store.cached_digests()) == {oldest}
+
+
+def test_a_download_of_another_application_is_no_room(tmp_path: Path) -> None:
+    store = Store(tmp_path, disk_budget_bytes=150)
+    with store.bringing("e" * 64, is_cancelled=lambda: False):
+        store.part("e" * 64).write_bytes(b"x" * 100)
+        with pytest.raises(AttemptFailed):
+            store.make_room(digest="f" * 64, size_bytes=100, keep=set())
+
+
+def test_a_credential_that_others_can_read_is_taken_away_from_them(store: Store) -> None:
+    store.save_identity(IDENTITY)
+    (store.folder / "identity.json").chmod(0o644)
+    store.secure_identity()
+    assert stat.S_IMODE((store.folder / "identity.json").stat().st_mode) == 0o600

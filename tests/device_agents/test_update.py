@@ -14,10 +14,12 @@ import pytest
 from device_agents.client import ServiceClient
 from device_agents.errors import RunFailed
 from device_agents.executor import Executor, ServedModel
+from device_agents.health import Verdict, judge
 from device_agents.profiler import Warmed, warm_up
 from device_agents.runtime import EmulatedQuota, Session
+from device_agents.states import STEPS, is_under_way
 from device_agents.store import Identity, Record, Store
-from device_agents.update import STEPS, Machine, Tools, Verdict, is_under_way, judge
+from device_agents.update import Machine, Tools
 from device_agents.wire import DesiredApplication, HealthGate, Outcome, ServingConfiguration, UpdateState
 from tests.device_agents.fake_service import NOW, URL, FakeService, desired
 from tests.device_agents.models import Model, not_finite, scaling, summing
@@ -82,7 +84,7 @@ class Device:
 
     def commit(self, wanted: DesiredApplication) -> None:
         self.attempt(wanted)
-        self.machine.soak()
+        self.machine.soak(threading.Event())
         assert self.machine.record.state is UpdateState.COMMITTED
 
 
@@ -167,7 +169,7 @@ def test_the_commit_is_one_moment(
     device.attempt(desired(NEW, "d2"))
     device.store.state, device.store.is_saved = UpdateState.COMMITTED, is_saved
     with pytest.raises(PowerLoss):
-        device.machine.soak()
+        device.machine.soak(threading.Event())
     again = switch_on(tmp_path, service)
     assert again.running == digest
     assert len(again.ends) == 1
@@ -276,7 +278,7 @@ def test_a_failed_attempt_leaves_the_old_variant_serving_and_says_how_it_ended(
     device.attempt(wanted)
     if device.machine.record.state is UpdateState.SOAKING:
         device.answer()
-        device.machine.soak()
+        device.machine.soak(threading.Event())
     assert device.machine.record.state is UpdateState.ROLLED_BACK
     assert device.ends == [("d2", SCENARIOS[scenario])]
     assert device.machine.record.outcomes[0].reason
@@ -392,10 +394,10 @@ def test_a_variant_that_hangs_under_traffic_is_rolled_back_and_the_old_one_answe
     stuck = device.machine.executor.submit(ROW)
     time.sleep(0.05)
     waiting = device.machine.executor.submit(ROW)
-    device.machine.soak()
+    device.machine.soak(threading.Event())
     assert device.machine.record.state is UpdateState.SOAKING, "a run may take a moment"
     time.sleep(0.25)
-    device.machine.soak()
+    device.machine.soak(threading.Event())
     assert device.ends == [("d2", Outcome.ROLLED_BACK)]
     assert "requests was answered" in device.machine.record.outcomes[0].reason
     assert device.running == OLD.digest
@@ -453,7 +455,7 @@ def committed(device: Device) -> str | None:
 
 def test_a_failure_does_not_return_to_a_decision_that_was_replaced(device: Device, service: FakeService) -> None:
     soaking_with_two_threads(device, gate=HealthGate(min_requests=0, soak_s=0))
-    device.machine.soak()
+    device.machine.soak(threading.Event())
     device.attempt(desired(scaling(9), "d4"))
     assert device.ends[-1] == ("d4", Outcome.DOWNLOAD_FAILED)
     assert (decision(device), committed(device)) == ("d3", "d3")

@@ -6,7 +6,7 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from device_agents.wire import Signature, TrustedKey
+from device_agents.wire import KeySet, Signature, TrustedKey
 from qoe_service.errors import NotAuthenticated
 from qoe_service.fleet import keys
 from tests.builders import NOW
@@ -38,6 +38,24 @@ def test_while_keys_rotate_a_device_that_knows_only_the_old_one_still_trusts() -
     assert len(keys.trusted_keys(now=NOW)) == 2
     keys.retire_signing_key(key_id=old.key_id, actor="anna", now=NOW)
     assert [each.key_id for each in keys.sign(text="x", now=NOW)] == [new.key_id]
+
+
+def test_a_device_learns_of_newer_keys_and_one_that_missed_several_changes_does_too() -> None:
+    [first] = keys.trusted_keys(now=NOW)
+    known = keys.keys_version()
+    assert keys.newer_keys(known_version=known, now=NOW) is None
+    assert keys.newer_keys(known_version=None, now=NOW) is None
+    second = keys.create_signing_key(actor="anna", now=NOW)
+    keys.retire_signing_key(key_id=first.key_id, actor="anna", now=NOW)
+    third = keys.create_signing_key(actor="anna", now=NOW)
+    keys.retire_signing_key(key_id=second.key_id, actor="anna", now=NOW)
+    newer = keys.newer_keys(known_version=known, now=NOW)
+    assert newer is not None
+    assert is_valid(first, newer.signatures, newer.document)
+    found = KeySet.model_validate_json(newer.document)
+    assert [key.key_id for key in found.keys] == [third.key_id]
+    assert found.version > known
+    assert keys.newer_keys(known_version=found.version, now=NOW) is None
 
 
 def test_an_application_key_is_known_by_its_secret_until_it_is_revoked() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import random
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from django.utils import timezone
 from device_agents.wire import CheckInReply
 from qoe_service.catalogue.models import Profile
 from qoe_service.decisions.models import Ban, Decision, JoinedEvent
+from qoe_service.fleet import keys
 from qoe_service.fleet.models import Device
 from qoe_service.rollouts import desired
 from qoe_service.rollouts.models import Assignment, AttemptOutcome, DesiredVersion
@@ -21,6 +24,7 @@ from tests.qoe_service import calls
 from tests.qoe_service.rollouts.conftest import Site
 
 pytestmark = pytest.mark.django_db
+GOLDEN = Path(__file__).parents[2] / "device_agents" / "golden"
 
 
 def running(site: Site, decision: Decision, **fields: Any) -> dict[str, Any]:
@@ -244,3 +248,21 @@ def test_intervals_are_jittered_within_bounds(site: Site, settings: LazySettings
     replies = {calls.check_in(site.device).json()["check_in_interval_s"] for _ in range(3)}
     assert len(replies) == 3
     assert all(8 <= each <= 12 for each in replies)
+
+
+def test_a_check_in_brings_newer_keys_to_a_device_that_follows_rotations(site: Site) -> None:
+    keys.trusted_keys(now=NOW)
+    known = keys.keys_version()
+    assert calls.check_in(site.device, keys_version=known).json()["keys"] is None
+    keys.create_signing_key(actor="anna", now=NOW)
+    assert len(json.loads(calls.check_in(site.device, keys_version=known).json()["keys"]["document"])["keys"]) == 2
+    assert calls.check_in(site.device).json()["keys"] is None
+
+
+@pytest.mark.parametrize("path", sorted((GOLDEN).glob("check_in.*.json")), ids=lambda path: path.name)
+def test_a_device_of_each_wire_version_is_understood(site: Site, path: Path) -> None:
+    told = json.loads(path.read_text())
+    for name in ("applications", "outcomes"):
+        told[name] = [each | {"decision_id": None} for each in told[name]] if name == "applications" else []
+    reply = CheckInReply.model_validate(calls.check_in(site.device, **told).json())
+    assert reply.check_in_interval_s > 0
