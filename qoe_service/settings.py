@@ -159,7 +159,16 @@ CELERY_BEAT_SCHEDULE_FILENAME = str(DATA_DIR / "beat")
 # -- artifacts -------------------------------------------------------------------------------------------------------
 
 ARTIFACT_DIR = Path(env_str("ARTIFACT_DIR", str(DATA_DIR / "artifacts")))
+# With a bucket, artifacts live there, and ARTIFACT_DIR only holds what is on its way.
+ARTIFACT_BUCKET = env_str("ARTIFACT_BUCKET", "")
+ARTIFACT_S3_ENDPOINT = env_str("ARTIFACT_S3_ENDPOINT", "")
+ARTIFACT_S3_REGION = env_str("ARTIFACT_S3_REGION", "")
+ARTIFACT_S3_ACCESS_KEY = env_secret("ARTIFACT_S3_ACCESS_KEY", "") or ""
+ARTIFACT_S3_SECRET_KEY = env_secret("ARTIFACT_S3_SECRET_KEY", "") or ""
+ARTIFACT_KEEP_S = env_float("ARTIFACT_KEEP_S", 86_400.0, minimum=0)
+UPLOAD_TTL_S = env_float("UPLOAD_TTL_S", 86_400.0, minimum=60)
 COMPRESSION_JOBS = env_int("COMPRESSION_JOBS", 1, minimum=1)
+SANDBOX_MEMORY_BYTES = env_int("SANDBOX_MEMORY_BYTES", 2 * 2**30, minimum=2**28)
 
 # -- devices, apps and their limits ----------------------------------------------------------------------------------
 

@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from django.conf import settings
 from django.core.files import File
-from django.core.files.storage import FileSystemStorage, Storage
 
+from qoe_service.catalogue import storages
 from qoe_service.catalogue.models import Artifact
 from qoe_service.errors import NotFound, TooLarge
 
@@ -22,16 +22,11 @@ CHUNK_BYTES = 262_144
 
 
 class _Received(File):  # type: ignore[type-arg]  # generic for the checker only, not when running
-    """A complete file beside the store; the storage renames it instead of copying."""
+    """A complete file beside the store; a folder renames it instead of copying."""
 
     def temporary_file_path(self) -> str:
         """Where the bytes are: Django's file storage looks for this method."""
         return str(self.name)
-
-
-def storage() -> Storage:
-    """Where artifacts are kept. Writing one twice writes the same bytes twice, so overwriting is safe."""
-    return FileSystemStorage(location=settings.ARTIFACT_DIR, allow_overwrite=True)
 
 
 def name_of(digest: str) -> str:
@@ -46,23 +41,30 @@ def store(source: Path | BinaryIO, *, now: datetime, max_bytes: int | None = Non
     """
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(source.open("rb")) if isinstance(source, Path) else source
-        received = stack.enter_context(_incoming())
+        received = stack.enter_context(incoming())
         digest, size_bytes = _copy_hashed(stream, received, max_bytes)
-        if not _is_kept(digest, size_bytes):
-            storage().save(name_of(digest), _Received(received, name=received.name))
-            _sync_folder(digest)
-    artifact, _ = Artifact.objects.get_or_create(digest=digest, defaults={"size_bytes": size_bytes, "created_at": now})
+        _keep(_Received(received, name=received.name), digest, size_bytes)
+        artifact, _ = Artifact.objects.update_or_create(
+            digest=digest,
+            defaults={"stored_at": now},
+            create_defaults={"size_bytes": size_bytes, "created_at": now, "stored_at": now},
+        )
+        # once more: a collection that ran in between took the row that it found, and the bytes with it
+        _keep(File(received), digest, size_bytes)
     return artifact
 
 
 def open_for_reading(digest: str) -> BinaryIO:
-    """The artifact as a binary file; the caller closes it. Raises NotFound."""
+    """The artifact as a binary file to read from its beginning; the caller closes it. Raises NotFound."""
+    return open_span(digest, 0, None)
+
+
+def open_span(digest: str, start: int, stop: int | None) -> BinaryIO:
+    """The artifact from byte ``start`` up to, not including, ``stop``; the caller closes it. Raises NotFound."""
     try:
-        opened: Any = storage().open(name_of(digest), "rb")
+        return storages.read(name_of(digest), start, stop)
     except FileNotFoundError:
         raise NotFound(f"no artifact {digest[:64]}", field="digest") from None
-    stream: BinaryIO = opened.file
-    return stream
 
 
 def digest_of(path: Path) -> str:
@@ -71,15 +73,27 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextlib.contextmanager
-def _incoming() -> Iterator[BinaryIO]:
+def incoming_folder() -> Path:
+    """A folder of this machine for bytes on their way, on the disk of the store where that is a folder."""
     folder = Path(settings.ARTIFACT_DIR) / "incoming"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as received:
+    return folder
+
+
+@contextlib.contextmanager
+def incoming() -> Iterator[BinaryIO]:
+    """A file for bytes on their way; it goes away unless the store took it."""
+    with tempfile.NamedTemporaryFile(dir=incoming_folder(), delete=False) as received:
         try:
             yield received  # type: ignore[misc]  # a named temporary file is a BinaryIO in all but type
         finally:
             Path(received.name).unlink(missing_ok=True)
+
+
+def _keep(received: File[bytes], digest: str, size_bytes: int) -> None:
+    if storages.size(name_of(digest)) != size_bytes:
+        received.seek(0)
+        storages.save(name_of(digest), received)
 
 
 def _copy_hashed(source: BinaryIO, target: BinaryIO, max_bytes: int | None) -> tuple[str, int]:
@@ -93,19 +107,3 @@ def _copy_hashed(source: BinaryIO, target: BinaryIO, max_bytes: int | None) -> t
     target.flush()
     os.fsync(target.fileno())
     return sha256.hexdigest(), size_bytes
-
-
-def _is_kept(digest: str, size_bytes: int) -> bool:
-    try:
-        return storage().size(name_of(digest)) == size_bytes
-    except FileNotFoundError:
-        return False
-
-
-def _sync_folder(digest: str) -> None:
-    # a rename survives a power loss only once its folder is on disk
-    descriptor = os.open(Path(storage().path(name_of(digest))).parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

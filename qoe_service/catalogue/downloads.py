@@ -40,11 +40,10 @@ class Span:
 
 
 class Chunks:
-    """Reads one span of a file; the file is closed with the response, also when the client goes away."""
+    """Reads so many bytes of a file; the file is closed with the response, also when the client goes away."""
 
-    def __init__(self, file: BinaryIO, span: Span) -> None:
-        self._file, self._left = file, span.size
-        file.seek(span.start)
+    def __init__(self, file: BinaryIO, size_bytes: int) -> None:
+        self._file, self._left = file, size_bytes
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while self._left > 0:
@@ -132,11 +131,12 @@ async def _answer(request: HttpRequest, size_bytes: int, digest: str) -> HttpRes
         span = requested_span(_applicable_range(request, etag), size_bytes)
     except RangeNotSatisfiable as error:
         return _problem(error, {"Content-Range": f"bytes */{size_bytes}", "Accept-Ranges": "bytes"})
-    file = await asyncio.to_thread(artifacts.open_for_reading, digest)
     if span is None:
-        return StreamingHttpResponse(Chunks(file, Span(0, size_bytes)), headers={**headers, **_content(size_bytes)})
+        file = await asyncio.to_thread(artifacts.open_for_reading, digest)
+        return StreamingHttpResponse(Chunks(file, size_bytes), headers={**headers, **_content(size_bytes)})
+    file = await asyncio.to_thread(artifacts.open_span, digest, span.start, span.stop)
     headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{size_bytes}"
-    return StreamingHttpResponse(Chunks(file, span), status=206, headers={**headers, **_content(span.size)})
+    return StreamingHttpResponse(Chunks(file, span.size), status=206, headers={**headers, **_content(span.size)})
 
 
 def _applicable_range(request: HttpRequest, etag: str) -> str:

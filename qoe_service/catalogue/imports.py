@@ -4,19 +4,49 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from django.db import transaction
 
 from qoe_service.catalogue import applications, artifacts, datasets, evaluation, jobs, profiles, sandbox
-from qoe_service.catalogue.compression import MODEL, PASSES
+from qoe_service.catalogue.compression import MODEL
 from qoe_service.catalogue.models import Application, Artifact, Variant
-from qoe_service.errors import Conflict, InvalidInput
+from qoe_service.catalogue.passes import chains
+from qoe_service.errors import Conflict, InvalidInput, NotFound, TooLarge
 
 MAX_MODEL_BYTES = 2 * 2**30 - 1  # the bound of one protobuf message
+MAX_BUNDLE_BYTES = 4 * 2**30
+BUNDLE, BUNDLE_SUFFIX = "bundle.zip", ".zip"
 NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
+PRECISION = re.compile(r"^[a-z0-9-]{1,16}$")
 FIELD = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is to become of a model: its name, and what is derived from it. ``base`` names the variant that an
+    externally trained student stands in for."""
+
+    name: str
+    precision: str = "fp32"
+    passes: Sequence[str] = ()
+    base: str = ""
+    provenance: dict[str, Any] | None = None
+
+
+def check(wish: Wish, application: Application) -> None:
+    """Raises InvalidInput naming the field, before anything is read."""
+    if not NAME.match(wish.name):
+        raise InvalidInput(
+            "1 to 64 letters, digits, dots, dashes or underscores, starting with a letter or digit", field="name"
+        )
+    if not PRECISION.match(wish.precision):
+        raise InvalidInput("1 to 16 lower-case letters, digits or dashes, for example fp32", field="precision")
+    chains(wish.passes)
+    _base_of(wish, application)
 
 
 def import_model(
@@ -26,30 +56,44 @@ def import_model(
     name: str,
     passes: Sequence[str] = (),
     precision: str = "fp32",
+    base: str = "",
+    provenance: dict[str, Any] | None = None,
     now: datetime,
+    watch: sandbox.Watch | None = None,
 ) -> Variant:
     """Keep the model at ``path`` as a variant that may be selected, and queue passes over it.
 
-    Importing the same model under the same name again changes nothing. Raises InvalidInput, TooLarge, Conflict.
+    ``path`` is an ONNX file, or a zip of one with its external data. Importing the same model under the same name
+    again changes nothing. Raises InvalidInput, TooLarge, Conflict, and sandbox.Cancelled when ``watch`` says so.
     """
-    _check_names(name, passes)
-    datasets.check_file(path, field=FIELD, max_bytes=MAX_MODEL_BYTES)
-    variant = _imported_before(application, path, name) or _import(application, path, name, precision, now)
+    wish = Wish(name=name, precision=precision, passes=tuple(passes), base=base, provenance=provenance)
+    check(wish, application)
+    check_model_file(path)
+    variant = _imported_before(application, path, name) or _import(application, path, wish, now, watch)
     applications.settle_baseline(variant=variant)
-    for each in dict.fromkeys(passes):
-        jobs.queue(base=variant, compression_pass=each, parameters=dict(PASSES[each].parameters), now=now)
-    profiles.measure_on_server(variant=variant, now=now)
+    jobs.queue_chains(base=variant, chains=chains(wish.passes), now=now)
+    profiles.measure_on_server(variant=variant, watch=watch, now=now)
     return variant
 
 
-def _check_names(name: str, passes: Sequence[str]) -> None:
-    if not NAME.match(name):
-        raise InvalidInput(
-            "1 to 64 letters, digits, dots, dashes or underscores, starting with a letter or digit", field="name"
-        )
-    unknown = [each for each in passes if each not in PASSES]
-    if unknown:
-        raise InvalidInput(f"{', '.join(unknown)}: no such pass; there are {', '.join(PASSES)}", field="passes")
+def check_model_file(path: Path, *, size_bytes: int | None = None) -> None:
+    """Raises InvalidInput or TooLarge before a byte is read; without ``size_bytes`` the file must be there."""
+    is_bundle = path.suffix.lower() == BUNDLE_SUFFIX
+    most = MAX_BUNDLE_BYTES if is_bundle else MAX_MODEL_BYTES
+    if size_bytes is None:
+        datasets.check_file(path, field=FIELD, max_bytes=most)
+    elif size_bytes > most:
+        hint = "" if is_bundle else "; hand in a zip of the graph and its external data"
+        raise TooLarge(f"{path.name} is larger than {most} bytes{hint}", field=FIELD)
+
+
+def _base_of(wish: Wish, application: Application) -> Variant | None:
+    if not wish.base:
+        return None
+    base = application.variants.filter(name=wish.base).first()
+    if base is None:
+        raise NotFound(f"{application.name} has no variant {wish.base[:64]!r}", field="base")
+    return base
 
 
 def _imported_before(application: Application, path: Path, name: str) -> Variant | None:
@@ -60,47 +104,52 @@ def _imported_before(application: Application, path: Path, name: str) -> Variant
     return same if artifacts.digest_of(path) == same.artifact_id else None
 
 
-def _import(application: Application, path: Path, name: str, precision: str, now: datetime) -> Variant:
+def _import(application: Application, path: Path, wish: Wish, now: datetime, watch: sandbox.Watch | None) -> Variant:
     with sandbox.opened() as box:
-        box.add(MODEL, path.open("rb"))
-        datasets.add_to(box, application)
         try:
-            measured = evaluation.measure(box, {"command": "measure", "samples": evaluation.FIRST_LOOK_SAMPLES})
+            _put_model(box, path, watch)
+            datasets.add_to(box, application)
+            request = {"command": "measure", "samples": evaluation.FIRST_LOOK_SAMPLES}
+            measured = evaluation.measure(box, request, watch=watch)
             # stored from the private copy: what was checked is what is kept
             with box.open(MODEL) as checked:
                 artifact = artifacts.store(checked, now=now)
         except sandbox.Refused as refusal:
             raise InvalidInput(f"{path.name} is refused: {refusal}", field=FIELD) from None
-    return _keep(application, artifact, measured, name=name, precision=precision, now=now)
+    with transaction.atomic():
+        return _keep(application, artifact, measured, wish, now)
+
+
+def _put_model(box: sandbox.Sandbox, path: Path, watch: sandbox.Watch | None) -> None:
+    """The model as one file in the sandbox."""
+    sandbox.check_memory(box.limits, path.stat().st_size, sandbox.MEASURING_FACTOR, what="checking it")
+    if path.suffix.lower() != BUNDLE_SUFFIX:
+        box.add(MODEL, path.open("rb"))
+        return
+    box.add(BUNDLE, path.open("rb"))
+    box.ask({"command": "join-model", "bundle": BUNDLE}, program="sandboxed.intake", watch=watch)
 
 
 def _keep(
-    application: Application,
-    artifact: Artifact,
-    measured: evaluation.Measured,
-    *,
-    name: str,
-    precision: str,
-    now: datetime,
+    application: Application, artifact: Artifact, measured: evaluation.Measured, wish: Wish, now: datetime
 ) -> Variant:
-    with transaction.atomic():
-        variant = Variant.objects.filter(application=application, artifact=artifact).first()
-        if variant is not None and variant.name != name:
-            raise Conflict(f"the same model is there already, as {variant.name!r}", field="name")
-        if variant is not None:
-            evaluation.record(variant, measured)
-            jobs.queue_accuracy(variant=variant, measured=measured, now=now)
-            return variant
-        if Variant.objects.filter(application=application, name=name).exists():
-            raise Conflict(f"another model is there already as {name!r}", field="name")
+    variant = Variant.objects.filter(application=application, artifact=artifact).first()
+    if variant is not None and variant.name != wish.name:
+        raise Conflict(f"the same model is there already, as {variant.name!r}", field="name")
+    if variant is None:
+        if Variant.objects.filter(application=application, name=wish.name).exists():
+            raise Conflict(f"another model is there already as {wish.name!r}", field="name")
         variant = Variant.objects.create(
             application=application,
             artifact=artifact,
-            name=name,
-            precision=precision,
-            provenance={"opset": measured.facts.opset},
+            base=_base_of(wish, application),
+            name=wish.name,
+            precision=wish.precision,
+            provenance={"opset": measured.facts.opset, **(wish.provenance or {})},
             created_at=now,
             **measured.as_fields(),
         )
-        jobs.queue_accuracy(variant=variant, measured=measured, now=now)
-        return variant
+    else:
+        evaluation.record(variant, measured)
+    jobs.queue_accuracy(variant=variant, measured=measured, now=now)
+    return variant

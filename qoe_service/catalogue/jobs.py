@@ -1,32 +1,59 @@
-"""The life of a compression job as a row: queued, claimed, kept alive, ended. What a job does is not known here."""
+"""The life of compression jobs as rows: queued in order, run one by one, cancelled, run again. A job with ``after``
+waits for that job and works on what it made. What a job does is not known here.
+"""
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import BooleanField, ExpressionWrapper, F, Q
+from django.db.models import BooleanField, ExpressionWrapper, Q
 
+from qoe_service.catalogue import claims
 from qoe_service.catalogue.evaluation import Measured
-from qoe_service.catalogue.models import Job, Variant
-from qoe_service.errors import NotFound
+from qoe_service.catalogue.models import Application, Job, Variant
+from qoe_service.catalogue.passes import CompressionPass
+from qoe_service.errors import Conflict, NotFound
 
-STALE_AFTER = timedelta(seconds=15)
-MAX_ATTEMPTS = 3
+STALE_AFTER, MAX_ATTEMPTS = claims.STALE_AFTER, claims.MAX_ATTEMPTS
 ACCURACY = "accuracy"  # stands where other jobs name their pass
 ENDED_WITHOUT_RESULT = (Job.State.FAILED, Job.State.CANCELLED, Job.State.REFUSED)
+WHY_NOT = {
+    Job.State.REFUSED: "the pass before it cannot help this model",
+    Job.State.FAILED: "the pass before it failed",
+    Job.State.CANCELLED: "the pass before it was cancelled",
+}
 
 
-def queue(*, base: Variant, compression_pass: str, parameters: dict[str, Any], now: datetime) -> Job:
+def queue(
+    *, base: Variant, compression_pass: str, parameters: dict[str, Any], now: datetime, after: Job | None = None
+) -> Job:
     """Ask for a pass. Asking again changes nothing while it waits, runs or is done, and starts over otherwise."""
-    same = {"base": base, "compression_pass": compression_pass, "parameters": parameters}
+    same: dict[str, Any] = {"compression_pass": compression_pass, "parameters": parameters, "after": after}
+    if after is None:
+        same["base"] = base
     with transaction.atomic():
-        # a new row, not a reset one: a runner that outlived its cancelled job must not recognise it
-        Job.objects.filter(**same, state__in=ENDED_WITHOUT_RESULT).delete()
-        job, _ = Job.objects.get_or_create(**same, defaults={"application": base.application, "created_at": now})
+        ended = Job.objects.filter(**same, state__in=ENDED_WITHOUT_RESULT).first()
+        if ended is not None:
+            return _start_over(ended, now)
+        defaults = {"base": base, "application": base.application, "created_at": now}
+        job, _ = Job.objects.get_or_create(**same, defaults=defaults)
     return job
+
+
+def queue_chains(*, base: Variant, chains: Iterable[Sequence[CompressionPass]], now: datetime) -> list[Job]:
+    """Ask for passes one after another; chains that begin alike share their first jobs. The last job of each."""
+    last = []
+    with transaction.atomic():
+        for chain in chains:
+            job: Job | None = None
+            for each in chain:
+                job = queue(base=base, compression_pass=each.name, parameters=dict(each.parameters), after=job, now=now)
+            last += [job] if job is not None else []
+    return last
 
 
 def queue_accuracy(*, variant: Variant, measured: Measured, now: datetime) -> None:
@@ -36,69 +63,112 @@ def queue_accuracy(*, variant: Variant, measured: Measured, now: datetime) -> No
         queue(base=variant, compression_pass=ACCURACY, parameters=parameters, now=now)
 
 
+def queue_all_accuracies(*, application: Application, now: datetime) -> None:
+    """Ask for the accuracy of every variant in use on the data set that the application has now."""
+    parameters = {"dataset": application.dataset_id}
+    for variant in application.variants.filter(retired_at=None):
+        queue(base=variant, compression_pass=ACCURACY, parameters=parameters, now=now)
+
+
 def runnable(*, now: datetime) -> list[int]:
-    """Ids of jobs that may start now, oldest first, refinements last. Gives up jobs whose runners died too often."""
-    dead = Job.objects.filter(_is_stale(now), attempts__gte=MAX_ATTEMPTS)
-    dead.update(
-        state=Job.State.FAILED, finished_at=now, error=f"its runner died {MAX_ATTEMPTS} times; see the worker's log"
-    )
-    free = settings.COMPRESSION_JOBS - _running(now)
-    waiting = Job.objects.filter(_is_claimable(now)).order_by(_is_refinement(), "id").values_list("id", flat=True)
-    return list(waiting[:free]) if free > 0 else []
+    """Ids of jobs that may start now, oldest first, refinements last. Ends those that can come to nothing any more."""
+    claims.give_up(Job.objects.all(), now)
+    _end_followers(now)
+    free = settings.COMPRESSION_JOBS - claims.running(Job.objects.all(), now)
+    waiting = Job.objects.filter(claims.claimable(now), _is_due()).order_by(_is_refinement(), "id")
+    return list(waiting.values_list("id", flat=True)[:free]) if free > 0 else []
 
 
 def claim(*, job_id: int, now: datetime) -> Job | None:
-    """Become the one runner of a job; None when it is not to be had, or enough others run already.
-
-    ``attempts`` is the fencing number: what a former runner still writes is ignored.
-    """
+    """Become the one runner of a job; None when it is not to be had, or enough others run already."""
     with transaction.atomic():
-        if _running(now) >= settings.COMPRESSION_JOBS:
-            return None
-        claimed = Job.objects.filter(_is_claimable(now), pk=job_id).update(
-            state=Job.State.RUNNING, attempts=F("attempts") + 1, heartbeat_at=now, progress=0
-        )
-        if not claimed:
-            return None
-        return Job.objects.select_related("application", "base").get(pk=job_id)
+        rows = Job.objects.filter(pk=job_id).filter(Q(pk__in=Job.objects.filter(_is_due()).values("pk")))
+        job = claims.claim(rows.select_related("application", "base", "after__result"), now, at_once=_at_once())
+        if job is not None and job.after is not None and job.after.result is not None:
+            job.base = job.after.result
+            job.save(update_fields=["base"])
+    return job
 
 
 def beat(*, job: Job, progress: float, now: datetime) -> bool:
     """Report life and progress. False: the job was cancelled or taken over, so stop."""
-    return bool(_mine(job).update(heartbeat_at=now, progress=progress))
+    return claims.beat(job, progress=progress, now=now)
 
 
 def finish(*, job: Job, state: Job.State, now: datetime, error: str = "", result: Variant | None = None) -> bool:
-    """End a job, unless it is no longer ours."""
-    progress = 1.0 if state == Job.State.DONE else F("progress")
-    ended = _mine(job).update(state=state, error=error, result=result, progress=progress, finished_at=now)
-    return bool(ended)
+    """End a job, unless it is no longer ours. What waited for it in vain ends too."""
+    ended = claims.finish(job, state=state, now=now, error=error, result=result)
+    _end_followers(now)
+    return ended
+
+
+def get(job_id: int) -> Job:
+    """The job of this number. Raises NotFound."""
+    job = Job.objects.select_related("application", "base", "result").filter(pk=job_id).first()
+    if job is None:
+        raise NotFound(f"no job {job_id}", field="job")
+    return job
 
 
 def cancel(*, job_id: int, now: datetime) -> bool:
-    """Stop a waiting or running job; its runner notices within a second. False when it has ended already."""
-    if not Job.objects.filter(pk=job_id).exists():
-        raise NotFound(f"no job {job_id}", field="job")
-    open_states = (Job.State.QUEUED, Job.State.RUNNING)
-    stopped = Job.objects.filter(pk=job_id, state__in=open_states)
-    return bool(stopped.update(state=Job.State.CANCELLED, finished_at=now))
+    """Stop a waiting or running job, and what waits for it. False when it has ended already."""
+    stopped = claims.cancel(Job.objects.filter(pk=get(job_id).pk), now)
+    _end_followers(now)
+    return bool(stopped)
 
 
-def _mine(job: Job) -> Any:
-    return Job.objects.filter(pk=job.pk, state=Job.State.RUNNING, attempts=job.attempts)
+def run_again(*, job_id: int, now: datetime) -> Job:
+    """Queue a job that ended without a result once more, and what ended with it. Raises NotFound, Conflict."""
+    with transaction.atomic():
+        job = get(job_id)
+        if job.state not in ENDED_WITHOUT_RESULT:
+            raise Conflict(f"job {job_id} is {job.state}; only jobs that ended without a result run again", field="job")
+        return _start_over(job, now)
 
 
-def _is_stale(now: datetime) -> Q:
-    return Q(state=Job.State.RUNNING, heartbeat_at__lt=now - STALE_AFTER)
+def _start_over(ended: Job, now: datetime) -> Job:
+    # new rows, not reset ones: a runner that outlived its cancelled job must not recognise it
+    top = ended
+    while top.after is not None and top.after.state in ENDED_WITHOUT_RESULT:
+        top = top.after
+    tree = list(_with_followers(top))
+    Job.objects.filter(pk=top.pk).delete()  # and what waited for it: none of that ever ran
+    copies: dict[int, Job] = {}
+    for job in tree:
+        after = copies.get(job.after_id or 0, job.after)
+        copies[job.pk] = Job.objects.create(
+            application=job.application,
+            base=job.base,
+            after=after,
+            compression_pass=job.compression_pass,
+            parameters=job.parameters,
+            created_at=now,
+        )
+    return copies[ended.pk]
 
 
-def _is_claimable(now: datetime) -> Q:
-    return Q(state=Job.State.QUEUED) | (_is_stale(now) & Q(attempts__lt=MAX_ATTEMPTS))
+def _with_followers(job: Job) -> Iterator[Job]:
+    """A job, then all that waits for it, parents first."""
+    yield job
+    for follower in job.followers.all():
+        yield from _with_followers(follower)
+
+
+def _end_followers(now: datetime) -> None:
+    """Jobs whose ``after`` came to nothing come to nothing too, down the chain."""
+    for state, why in WHY_NOT.items():
+        waiting = Job.objects.filter(state=Job.State.QUEUED, after__state=state)
+        while waiting.update(state=state, finished_at=now, error=why):
+            pass
+
+
+def _at_once() -> int:
+    return int(settings.COMPRESSION_JOBS)
+
+
+def _is_due() -> Q:
+    return Q(after=None) | Q(after__state=Job.State.DONE)
 
 
 def _is_refinement() -> ExpressionWrapper[Q]:
     return ExpressionWrapper(Q(compression_pass=ACCURACY), output_field=BooleanField())
-
-
-def _running(now: datetime) -> int:
-    return Job.objects.filter(state=Job.State.RUNNING, heartbeat_at__gte=now - STALE_AFTER).count()

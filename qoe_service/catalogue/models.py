@@ -12,6 +12,7 @@ class Artifact(models.Model):
     digest = models.CharField(primary_key=True, max_length=64)
     size_bytes = models.PositiveBigIntegerField()
     created_at = models.DateTimeField()
+    stored_at = models.DateTimeField(null=True, blank=True, help_text="when somebody last handed these bytes in")
 
     def __str__(self) -> str:
         return self.digest[:12]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
+import random
 import shutil
 import signal
 import stat
@@ -23,14 +25,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
+from django.conf import settings
 
 FOLDER = Path(__file__).parent
 LAUNCHER = FOLDER / "sandboxed" / "launcher.py"
 PREFIX, LOCK = "qoe-sandbox-", "lock"
 RESULT, PROGRESS = "result.json", "progress"
 MAX_RESULT_BYTES = 1_048_576
-POLL_S, MEMORY_POLL_S, WATCH_S = 0.05, 0.25, 0.5
+POLL_S, MEMORY_POLL_S, WATCH_S = 0.05, 0.1, 0.5
 SWEEP_AFTER_S = 60.0
+KILLED_WITHIN_S = 1.0
+# Measured: Python with ONNX, ONNX Runtime and a small model; and peak bytes per byte of a model that is checked.
+BASE_MEMORY_BYTES, MEASURING_FACTOR = 128 * 2**20, 4.0
+PRIVATE_UIDS = (61184, 65519)  # what systemd, too, gives to programs that need a user of their own for a while
 
 Watch = Callable[[float], bool]
 
@@ -53,24 +60,23 @@ class Limits:
     file_bytes: int = 2 * 2**30
     open_files: int = 256
 
-    def as_rlimits(self) -> str:
+    def as_rlimits(self) -> dict[str, int]:
         """For the launcher. No RLIMIT_AS: ONNX Runtime maps far more than it uses, so memory is watched instead."""
-        return json.dumps(
-            {
-                "RLIMIT_CPU": self.cpu_s,
-                "RLIMIT_FSIZE": self.file_bytes,
-                "RLIMIT_NOFILE": self.open_files,
-                "RLIMIT_CORE": 0,
-            }
-        )
+        return {
+            "RLIMIT_CPU": self.cpu_s,
+            "RLIMIT_FSIZE": self.file_bytes,
+            "RLIMIT_NOFILE": self.open_files,
+            "RLIMIT_CORE": 0,
+        }
 
 
 class Sandbox:
     """A private folder, and the programs that run in it."""
 
-    def __init__(self, folder: Path, limits: Limits) -> None:
+    def __init__(self, folder: Path, limits: Limits, uid: int | None = None) -> None:
         self.folder = folder
         self.limits = limits
+        self._uid = uid
 
     def add(self, name: str, source: BinaryIO) -> None:
         """Copy a file into the folder, so that no program touches the original."""
@@ -89,10 +95,10 @@ class Sandbox:
             raise Refused(f"the program that reads models left something else than a file as {name}")
         return os.fdopen(descriptor, "rb")
 
-    def ask(self, request: dict[str, Any], *, watch: Watch | None = None) -> dict[str, Any]:
-        """Let our own program answer a request. Raises Refused or Cancelled."""
+    def ask(self, request: dict[str, Any], *, program: str = "sandboxed", watch: Watch | None = None) -> dict[str, Any]:
+        """Let one of our own programs answer a request. Raises Refused or Cancelled."""
         (self.folder / "request.json").write_text(json.dumps(request))
-        self.run(FOLDER, "sandboxed", watch=watch)
+        self.run(FOLDER, program, watch=watch)
         answer = self._answer()
         if "refusal" in answer:
             raise Refused(str(answer["refusal"])[:2000])
@@ -102,7 +108,7 @@ class Sandbox:
         """Run a Python module found in ``path`` to its end. Raises Refused or Cancelled."""
         with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
             process = subprocess.Popen(
-                [*_python(), self.limits.as_rlimits(), str(path), module, *arguments],
+                [*_python(), self._bounds(), str(path), module, *arguments],
                 cwd=self.folder,
                 env=_environment(self.folder),
                 stdin=subprocess.DEVNULL,
@@ -116,6 +122,10 @@ class Sandbox:
                 _kill_group(process)
         if process.returncode != 0:
             raise Refused(_how_it_ended(process.returncode, self.tail_of_errors()))
+
+    def _bounds(self) -> str:
+        """What the launcher does to itself before it becomes the program."""
+        return json.dumps({"limits": self.limits.as_rlimits(), "uid": self._uid})
 
     def tail_of_errors(self) -> str:
         """The last lines that the child wrote for people."""
@@ -173,7 +183,42 @@ def opened(limits: Limits | None = None) -> Iterator[Sandbox]:
         folder = Path(name)
         with (folder / LOCK).open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield Sandbox(folder, limits or Limits())
+            uid = _private_uid(folder)
+            yield Sandbox(folder, limits or Limits(memory_bytes=settings.SANDBOX_MEMORY_BYTES), uid)
+
+
+def check_memory(limits: Limits, model_bytes: int, factor: float, *, what: str) -> None:
+    """Raises Refused beforehand where a program would exceed the sandbox's memory, with the estimate."""
+    needed = BASE_MEMORY_BYTES + int(factor * model_bytes)
+    if needed > limits.memory_bytes:
+        raise Refused(
+            f"{what} would need about {needed // 2**20} MiB of memory ({factor:g} times the model and "
+            f"{BASE_MEMORY_BYTES // 2**20} MiB); the sandbox has {limits.memory_bytes // 2**20} MiB "
+            "(SANDBOX_MEMORY_BYTES)"
+        )
+
+
+def _private_uid(folder: Path) -> int | None:
+    """A user of its own for one sandbox, where we may give one; the folder becomes its. None: the worker's own."""
+    if os.geteuid() != 0 or not can_others_run_python():
+        return None
+    uid = random.randint(*PRIVATE_UIDS)
+    os.chown(folder, uid, uid)
+    return uid
+
+
+@functools.cache
+def can_others_run_python() -> bool:
+    """Whether another user could read the interpreter, its packages and our programs."""
+    places = {sys.executable, os.path.realpath(sys.executable), sys.prefix, sys.base_prefix, psutil.__file__}
+    places |= {str(LAUNCHER), str(settings.BASE_DIR), tempfile.gettempdir()}
+    return all(_is_open_to_others(Path(each)) for each in places)
+
+
+def _is_open_to_others(path: Path) -> bool:
+    wanted = stat.S_IROTH | (stat.S_IXOTH if path.is_dir() else 0)
+    ways = all(each.stat().st_mode & stat.S_IXOTH for each in path.absolute().parents)
+    return ways and path.stat().st_mode & wanted == wanted
 
 
 def _sweep() -> None:
@@ -207,9 +252,31 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill the session, and children that left it; come back when they are dead."""
+    left = _descendants(process.pid)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    for each in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     process.wait()
+    ends = time.monotonic() + KILLED_WITHIN_S
+    while any(_is_alive(each) for each in left) and time.monotonic() < ends:
+        time.sleep(0.005)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _resident_bytes(process: psutil.Process) -> int:

@@ -1,4 +1,4 @@
-"""Celery tasks: messages only say "look"; the rows of Job are the queue."""
+"""Celery tasks: messages only say "look"; the rows of Job and Upload are the queue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from celery import shared_task
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
-from qoe_service.catalogue import compression, jobs
+from qoe_service.catalogue import compression, jobs, uploads
 
 log = logging.getLogger(__name__)
 
@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 @shared_task
 def run_queued() -> None:
     """Start what may start. Beat calls it again and again, so that lost messages and dead runners do not matter."""
+    for upload_id in uploads.runnable(now=timezone.now()):
+        run_upload.delay(upload_id)
     for job_id in jobs.runnable(now=timezone.now()):
         run_job.delay(job_id)
 
@@ -24,6 +26,13 @@ def run_queued() -> None:
 def run_job(job_id: int) -> None:
     """Run one job to its end, then look for the next."""
     if compression.run(job_id=job_id, clock=timezone.now) is not None:
+        wake_workers()
+
+
+@shared_task
+def run_upload(upload_id: str) -> None:
+    """Take in one complete upload, then look for what it queued."""
+    if uploads.run(upload_id=upload_id, clock=timezone.now) is not None:
         wake_workers()
 
 
