@@ -89,21 +89,30 @@ class Candidates(Sequence[Candidate]):
 
     def __getitem__(self, index: int | slice) -> Candidate | tuple[Candidate, ...]:
         if isinstance(index, slice):
-            return tuple(self[each] for each in range(*index.indices(len(self))))
-        action = self._table.actions[index]
-        place = index if index >= 0 else index + len(self)
-        parts: list[Any] = [*self._numbers[:, place].tolist(), self._source[place]]
-        return Candidate(
-            action,
-            Prediction(*parts),
-            self._hard.get(place, ()),
-            self._soft.get(place, ()),
-            place in self._shortlist,
-            float(self._probability[place]),
-        )
+            return tuple(self.at(range(len(self))[index]))
+        return self.at((range(len(self))[index],))[0]
 
     def __iter__(self) -> Iterator[Candidate]:
-        return (self[place] for place in range(len(self)))
+        return iter(self.at(range(len(self))))
+
+    def at(self, places: Sequence[int]) -> list[Candidate]:
+        """The candidates in these places; cheaper than one by one."""
+        table, source, probability = self._table.actions, self._source, self._probability
+        made = []
+        for place in places:
+            parts: list[Any] = self._numbers[:, place].tolist()
+            parts.append(source[place])
+            made.append(
+                Candidate(
+                    table[place],
+                    Prediction(*parts),
+                    self._hard.get(place, ()),
+                    self._soft.get(place, ()),
+                    place in self._shortlist,
+                    float(probability[place]),
+                )
+            )
+        return made
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and tuple(self) == tuple(other)

@@ -84,7 +84,7 @@ def on_device(context: Context, table: ActionTable) -> NDArray[np.bool_]:
 
 
 def _where(mask: NDArray[np.bool_]) -> list[int]:
-    found: list[int] = np.flatnonzero(mask).tolist()
+    found: list[int] = mask.nonzero()[0].tolist()
     return found
 
 

@@ -23,7 +23,7 @@ from selector.feasibility import (
 )
 from selector.interactions import Action, Context, Profile, Ranking
 from selector.latency import LatencyModel, Predicted
-from selector.policy import Policy, checked, sample, seed_of
+from selector.policy import Policy, checked, sample, seed_of, uniform_of
 from selector.reward import QoeFormula
 from selector.validation import check_context, name, number
 
@@ -54,7 +54,7 @@ class Exploration:
 
     epsilon: float = 0.02
     holdout: float = 0.05
-    shortlist_size: int = 12
+    shortlist_size: int = 8
     slo_violation_limit: float = 0.5
     budget: float = 1.0
 
@@ -112,7 +112,7 @@ def rank(
     shortlist: list[int] = []
     if policy is not None:
         shortlist = scored.shortlist(context, exploration.shortlist_size)
-        listed = [scored.candidates[index] for index in shortlist]
+        listed = scored.candidates.at(shortlist)
         preferred[shortlist] = checked(policy.probabilities(context, listed), len(listed))
     fixed = table.position.get(best_fixed) if best_fixed is not None else None
     drawable: Floats = np.where(scored.uncovered, UNCOVERED_SHARE, 1.0) * scored.feasible
@@ -169,8 +169,13 @@ def mixture(
 def _kind(parts: dict[str, Floats], chosen: int, seed: int) -> str:
     """Which part drew the action: drawn given the action, by a second number of the seed, so the marginal
     is exact."""
-    shares = np.array([part[chosen] for part in parts.values()])
-    return list(parts)[sample(shares / shares.sum(), seed, "kind")]
+    shares = {kind: float(part[chosen]) for kind, part in parts.items() if part[chosen] > 0}
+    left = uniform_of(seed, "kind") * sum(shares.values())
+    for kind, share in shares.items():
+        left -= share
+        if left < 0:
+            return kind
+    return kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +226,7 @@ def _score(
     if baseline is not None and not feasible[baseline]:
         baseline = None
     short = uncovered(qoe, baseline, exploration.budget, *standings)
-    reasons = dict.fromkeys(np.flatnonzero(soft).tolist(), (SLO_VIOLATION_LIKELY,))
-    for index in np.flatnonzero(short).tolist():
+    reasons = dict.fromkeys(soft.nonzero()[0].tolist(), (SLO_VIOLATION_LIKELY,))
+    for index in short.nonzero()[0].tolist():
         reasons[index] = (*reasons.get(index, ()), EXPLORATION_BUDGET)
     return _Scored(table, Candidates(table, predicted, qoe, hard=hard, soft=reasons), feasible, soft, short)

@@ -121,7 +121,7 @@ class QoeFormula:
             + self.weight_energy * self._energy(cpu_ms_per_request)
         )
         weight = self.weight_latency + self.weight_accuracy + self.weight_energy
-        return np.clip(total / weight - self._switching(download_bytes), 0.0, 1.0)
+        return _unit(total / weight - self._switching(download_bytes))
 
     def as_record(self) -> dict[str, Any]:
         """JSON-able; exact."""
@@ -149,11 +149,7 @@ class QoeFormula:
         return share * (1.0 - failed)
 
     def _accuracy(self, accuracy: ArrayLike) -> Floats:
-        return np.clip(
-            (np.asarray(accuracy, dtype=np.float64) - self.accuracy_floor) / (1 - self.accuracy_floor),
-            0.0,
-            1.0,
-        )
+        return _unit((np.asarray(accuracy, dtype=np.float64) - self.accuracy_floor) / (1 - self.accuracy_floor))
 
     def _energy(self, cpu_ms: ArrayLike) -> Floats:
         return self.energy_reference_cpu_ms / (self.energy_reference_cpu_ms + np.asarray(cpu_ms, dtype=np.float64))
@@ -161,3 +157,8 @@ class QoeFormula:
     def _switching(self, download_bytes: ArrayLike) -> Floats:
         size = np.asarray(download_bytes, dtype=np.float64)
         return self.switching_weight * size / (size + self.switching_reference_bytes)
+
+
+def _unit(values: Floats) -> Floats:
+    """Within [0, 1]; several times cheaper than ``np.clip`` on short columns."""
+    return np.minimum(np.maximum(values, 0.0), 1.0)

@@ -296,11 +296,10 @@ def _of_action(action: Action) -> str:
 def _distribution(predicted: object, count: int) -> Floats:
     if not isinstance(predicted, list) or len(predicted) != count:
         raise PolicyFailure(f"model answered {type(predicted).__name__} for {count} candidates")
-    shares = np.array(predicted, dtype=np.float64)
-    total = float(shares.sum())
-    if not np.isfinite(shares).all() or (shares < -1e-6).any() or abs(total - 1.0) > SUM_TOLERANCE:
+    total = math.fsum(predicted)
+    if not abs(total - 1.0) <= SUM_TOLERANCE or min(predicted) < -1e-6:
         raise PolicyFailure(f"model answered no distribution: sum {total:g}")
-    shares = np.maximum(shares, 1e-6)
+    shares = np.array([max(share, 1e-6) for share in predicted], dtype=np.float64)
     return np.asarray(shares / shares.sum(), dtype=np.float64)
 
 

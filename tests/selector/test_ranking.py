@@ -136,7 +136,7 @@ def test_likely_slo_misses_stay_off_the_shortlist_but_not_out_of_reach() -> None
 def test_if_every_action_will_be_late_the_policy_still_chooses() -> None:
     ranking = ranked(policy=RandomPolicy(), context=context(slo_p95_ms=0.001))
     assert all(each.soft_masks for each in ranking.candidates)
-    assert sum(each.shortlisted for each in ranking.candidates) == 12
+    assert sum(each.shortlisted for each in ranking.candidates) == Exploration().shortlist_size
 
 
 MASKS = [
