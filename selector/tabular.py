@@ -90,7 +90,8 @@ class Ucb1Policy(_TablePolicy):
         counts, means = self._columns(context, candidates)
         untried = counts == 0
         if untried.any():
-            return self._epsilon * uniform(len(counts)) + (1.0 - self._epsilon) * untried / untried.sum()
+            shares: Floats = self._epsilon * uniform(len(counts)) + (1.0 - self._epsilon) * untried / untried.sum()
+            return shares
         index = means + self._width * np.sqrt(2.0 * np.log(counts.sum()) / counts)
         return mostly(int(np.argmax(index)), len(counts), self._epsilon)
 
