@@ -21,6 +21,7 @@ import numpy as np
 
 from device_agents.batching import Shape, chunks, join, join_key, part, rows_of
 from device_agents.budget import ThreadBudget
+from device_agents.control import CONTROLLER_VERSION
 from device_agents.errors import BadRequest, Overloaded, RunFailed
 from device_agents.lease import Answered, ArrivalMeter, LeaseAccount
 from device_agents.runtime import Array, RunCost, Session
@@ -44,6 +45,11 @@ class ServedModel:
     account: LeaseAccount
     started_s: float
     lease_s: float = math.inf
+
+    @property
+    def controller_version(self) -> str:
+        """Which controller moves inside the configuration's bounds; empty where it is off."""
+        return CONTROLLER_VERSION if self.configuration.controller else ""
 
 
 @dataclass(frozen=True)
