@@ -1,0 +1,187 @@
+"""Everyone who plays in `python -m benchmarks.selection`: ours, its ablations, references in hindsight and peers.
+
+Peers stand at the best settings found: on the tuning worlds of `selector.world_constants`, never on the reported
+ones; the hosted default stands as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.peers import (
+    FLAT_SQUARECB,
+    HOSTED_DEFAULT,
+    BoostedResidualPolicy,
+    FlatVowpalWabbitPolicy,
+    NeuralResidualPolicy,
+)
+from selector.baselines import FixedPerClassPolicy, FixedPolicy, PredictionPolicy, RandomPolicy
+from selector.linear import LinTsPolicy, LinUcbPolicy
+from selector.preferences import PreferencePolicy
+from selector.ranking import Exploration
+from selector.reward import QoeFormula
+from selector.simulation import EVERYTHING, Contender, World, available
+from selector.tabular import ThompsonPolicy, Ucb1Policy
+from selector.vw import VowpalWabbitPolicy, VwSettings
+
+Floats = NDArray[np.float64]
+
+OURS, CALIBRATED, PREFERENCES = "ours", "calibrated argmax", "calibrated argmax + preferences"
+RANDOM, BEST_FIXED, BEST_PER_CLASS, ANALYTIC = "random", "best fixed", "best fixed per class", "analytic argmax"
+HOSTED, HOSTED_SHORTLIST = "hosted default", "hosted default, masks + shortlist"
+
+# A policy that explores by itself needs little more; some must remain, or its propensities would be zero.
+LITTLE = 0.002
+ALL = Exploration(epsilon=LITTLE, holdout=0.0, shortlist_size=EVERYTHING)
+SHORTLIST = Exploration(epsilon=LITTLE, holdout=0.0, shortlist_size=16)
+UNMASKED = Exploration(epsilon=LITTLE, holdout=0.0, shortlist_size=EVERYTHING, slo_violation_limit=1.0)
+
+
+def contenders(world: World) -> tuple[Contender, ...]:
+    """All contenders in this world: hindsight references know its truth, preferences its declared formulas."""
+    return (ours(), *ablations(world), *references(world), *peers())
+
+
+def ours() -> Contender:
+    """Calibrated prediction, shortlist, Vowpal Wabbit on the residual."""
+    return Contender(
+        OURS,
+        lambda seed: VowpalWabbitPolicy(VwSettings(seed=seed)),
+        role="ours",
+        calibrates=True,
+        uses_prediction=True,
+        exploration=Exploration(epsilon=LITTLE, holdout=0.0),
+    )
+
+
+def ablations(world: World) -> tuple[Contender, ...]:
+    """Ours without Vowpal Wabbit: the calibrated prediction alone, and corrected by learnt preferences."""
+    formulas = declared_formulas(world)
+    return (
+        Contender(
+            CALIBRATED,
+            lambda _: PredictionPolicy(),
+            role="ablation",
+            calibrates=True,
+            uses_prediction=True,
+            exploration=SHORTLIST,
+        ),
+        Contender(
+            PREFERENCES,
+            lambda _: PreferencePolicy(formulas),
+            role="ablation",
+            calibrates=True,
+            uses_prediction=True,
+            exploration=ALL,
+        ),
+    )
+
+
+def references(world: World) -> tuple[Contender, ...]:
+    """What does not learn: chance, the best fixed choices in hindsight, the prediction as it comes."""
+    fixed, by_class = hindsight(world)
+    return (
+        Contender(RANDOM, lambda _: RandomPolicy(), role="reference", masks=False, exploration=ALL),
+        Contender(
+            BEST_FIXED, lambda _: FixedPolicy(fixed[0], fixed[1:]), role="reference", masks=False, exploration=UNMASKED
+        ),
+        Contender(
+            BEST_PER_CLASS,
+            lambda _: FixedPerClassPolicy(by_class, fixed),
+            role="reference",
+            masks=False,
+            exploration=UNMASKED,
+        ),
+        Contender(
+            ANALYTIC, lambda _: PredictionPolicy(), role="reference", uses_prediction=True, exploration=SHORTLIST
+        ),
+    )
+
+
+def peers() -> tuple[Contender, ...]:
+    """Everything that learns without our online calibration."""
+    return (
+        Contender("UCB1 per device", lambda _: Ucb1Policy(width=0.1), exploration=ALL),
+        Contender("Thompson per device", lambda _: ThompsonPolicy(noise_sd=0.1, prior=0.8), exploration=ALL),
+        Contender("LinUCB", lambda _: LinUcbPolicy(alpha=0.3), exploration=ALL),
+        Contender("LinTS", lambda _: LinTsPolicy(alpha=0.1), exploration=ALL),
+        Contender(
+            "LinUCB + prediction",
+            lambda _: LinUcbPolicy(alpha=0.05, with_prediction=True),
+            uses_prediction=True,
+            exploration=ALL,
+        ),
+        Contender(
+            "LinTS + prediction",
+            lambda _: LinTsPolicy(alpha=0.02, with_prediction=True),
+            uses_prediction=True,
+            exploration=ALL,
+        ),
+        Contender(
+            "neural network on residual",
+            lambda seed: NeuralResidualPolicy(seed=seed),
+            uses_prediction=True,
+            exploration=ALL,
+        ),
+        Contender(
+            "boosted trees on residual",
+            lambda seed: BoostedResidualPolicy(seed=seed),
+            uses_prediction=True,
+            exploration=ALL,
+        ),
+        Contender(
+            "VW squarecb, flat",
+            lambda seed: FlatVowpalWabbitPolicy(
+                f"{FLAT_SQUARECB} --random_seed {seed}", learns_all_lines=False, with_device=True
+            ),
+            exploration=ALL,
+        ),
+        Contender(
+            HOSTED,
+            lambda seed: FlatVowpalWabbitPolicy(f"{HOSTED_DEFAULT} --random_seed {seed}"),
+            role="hosted",
+            masks=False,
+            exploration=UNMASKED,
+        ),
+        Contender(
+            HOSTED_SHORTLIST,
+            lambda seed: FlatVowpalWabbitPolicy(f"{HOSTED_DEFAULT} --random_seed {seed}"),
+            role="hosted",
+            exploration=SHORTLIST,
+        ),
+    )
+
+
+def hindsight(world: World) -> tuple[list[str], dict[str, list[str]]]:
+    """Keys of the actions from the best to the worst, by true QoE summed over the run: of all devices, of each class.
+
+    An action earns nothing while it is not there.
+    """
+    total = np.zeros((world.device_count, len(world.actions)))
+    for step in range(world.steps):
+        total += np.where(available(world, step), world.expected_qoe(step), 0.0)
+    classes = [world.device_class(device) for device in range(world.device_count)]
+    by_class = {
+        each: _ordered(world, total[[other == each for other in classes]].sum(axis=0)) for each in sorted(set(classes))
+    }
+    return _ordered(world, total.sum(axis=0)), by_class
+
+
+def declared_formulas(world: World) -> dict[str, QoeFormula]:
+    """What the operator declared, by application."""
+    return {world.context(device, 0).application: world.formula(device) for device in range(world.device_count)}
+
+
+def named(name: str, all_of_them: Sequence[Contender]) -> Contender:
+    """The contender of this name; raises KeyError listing those there are."""
+    for each in all_of_them:
+        if each.name == name:
+            return each
+    raise KeyError(f"{name} is none of {', '.join(each.name for each in all_of_them)}")
+
+
+def _ordered(world: World, total: Floats) -> list[str]:
+    return [world.actions[index].key for index in np.argsort(-total, kind="stable").tolist()]
