@@ -116,16 +116,26 @@ class Executor:
         """What chooses the runs of the served model."""
         return self._scheduler
 
-    def submit(self, inputs: Mapping[str, Array], *, within_ms: float = math.inf) -> Future[Answer]:
+    def submit(
+        self, inputs: Mapping[str, Array], *, within_ms: float = math.inf, own_thread_ms: float = 0.0
+    ) -> Future[Answer]:
         """Queues one request. ``within_ms`` is the caller's patience, beside the SLO of the decision.
 
-        Raises BadRequest, or Overloaded at once rather than letting it wait in vain. A request that can no longer be
-        answered in time is shed later too: its future then raises Overloaded.
+        A run that is expected to take at most ``own_thread_ms`` is done in the calling thread if nothing stands in its
+        way, which saves two changes of threads; the future is done then. Raises BadRequest, or Overloaded at once
+        rather than letting it wait in vain. A request that can no longer be answered in time is shed later too: its
+        future then raises Overloaded.
         """
+        run = None
         with self._changed:
             waiting = self._admitted(inputs, within_ms)
-            self._enqueue(waiting)
-            self._changed.notify()
+            if own_thread_ms and not self._queue:
+                run = self._begin_at_once(waiting, own_thread_ms)
+            if run is None:
+                self._enqueue(waiting)
+                self._changed.notify()
+        if run is not None:
+            self._work(run)
         return waiting.future
 
     def infer(
@@ -133,19 +143,10 @@ class Executor:
     ) -> Answer:
         """Answers one request: the Python interface for apps in this process. Raises what ``submit`` does.
 
-        Without a ``timeout_s`` a free executor runs it in the calling thread, which saves two changes of threads.
+        With a ``timeout_s`` it never runs in the calling thread, which could not be called back from it.
         """
-        run = None
-        with self._changed:
-            waiting = self._admitted(inputs, within_ms)
-            if timeout_s is None and not self._queue:
-                run = self._begin_at_once(waiting)
-            if run is None:
-                self._enqueue(waiting)
-                self._changed.notify()
-        if run is not None:
-            self._work(run)
-        return waiting.future.result(timeout_s)
+        own_thread_ms = math.inf if timeout_s is None else 0.0
+        return self.submit(inputs, within_ms=within_ms, own_thread_ms=own_thread_ms).result(timeout_s)
 
     def arrival_rate_rps(self) -> float:
         """Requests per second lately, shed ones included."""
@@ -363,11 +364,14 @@ class Executor:
             taken.append(self._queue.popleft())
         return [waiting for waiting in taken if waiting.future.set_running_or_notify_cancel()]
 
-    def _begin_at_once(self, waiting: _Waiting) -> _Run | None:
-        """A run for the calling thread, if a caller's place and threads are free."""
+    def _begin_at_once(self, waiting: _Waiting, own_thread_ms: float) -> _Run | None:
+        """A run for the calling thread, if it is known to be short enough and a caller's place and threads are free."""
         served, scheduler = self._served, self._scheduler
         assert served is not None
         assert scheduler is not None
+        expected_ms = scheduler.predict_ms(waiting.rows, self._busy + 1)
+        if own_thread_ms < math.inf and not 0 < expected_ms <= own_thread_ms:
+            return None
         if self._busy >= scheduler.concurrency() or not self.budget.try_take(served.session.threads):
             return None
         self._busy += 1
