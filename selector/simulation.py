@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selector.calibration import Calibration
-from selector.interactions import Action, Context, Interaction, Measurement, Profile
+from selector.errors import NoFeasibleAction
+from selector.interactions import Action, Context, Interaction, Measurement, Profile, Ranking
 from selector.policy import Policy
 from selector.ranking import Exploration, rank
 from selector.reward import QoeFormula
@@ -238,7 +239,7 @@ class _Run:
         self._oracle[step] = qoe[:, available(world, step)].max(axis=1)
         for device in range(world.device_count):
             interaction = self._decide(device, step, noise[device], float(reward_noise[device]))
-            if arrivals[device] >= 0:
+            if interaction is not None and arrivals[device] >= 0:
                 self._due.setdefault(int(arrivals[device]), []).append(interaction)
         chosen = self._chosen[step]
         self._qoe[step] += qoe[every, chosen]
@@ -255,39 +256,58 @@ class _Run:
         arrivals = step + 1 + self._feedback.delay + later.astype(np.intp)
         return np.where(fate[:, 1] < self._feedback.missing_share, -1, arrivals)
 
-    def _decide(self, device: int, step: int, noise: Floats, reward_noise: float) -> Interaction:
-        world, memory = self._world, self._devices[device]
-        context = replace(world.context(device, step), incumbent=memory.incumbent, cached_digests=memory.known)
-        if context.baseline is not None:
-            self._baseline[step, device] = world.expected_qoe(step)[device, self._position[context.baseline]]
-        if not self._contender.masks:
-            context = replace(context, memory_free_bytes=0, minimum_accuracy=0.0, supported_operators=frozenset())
-        formula = world.formula(device)
-        decision_id = f"{world.name}-{self._seed}-{step}-{device}"
-        start = time.perf_counter()
-        ranking = rank(
-            decision_id=decision_id,
-            context=context,
-            actions=world.actions,
-            profiles=world.profiles(device),
-            calibration=self._calibration,
-            formula=formula,
-            policy=self._policy,
-            policy_version=1,
-            best_fixed=None,
-            exploration=self._exploration,
-            bans=world.bans(step),
-        )
-        self._seconds += time.perf_counter() - start
-        action = ranking.action
-        downloaded = memory.run(action)
-        self._chosen[step, device] = ranking.chosen
-        self._qoe[step, device] = -switching_charge(formula, downloaded)
-        measured = replace(world.measure(device, step, ranking.chosen, noise), download_bytes=downloaded)
+    def _decide(self, device: int, step: int, noise: Floats, reward_noise: float) -> Interaction | None:
+        """Rank, run, measure. None if nothing was feasible: then what runs stays, and nothing is learnt."""
+        context = self._context(device, step)
+        formula = self._world.formula(device)
+        decision_id = f"{self._world.name}-{self._seed}-{step}-{device}"
+        ranking = self._ranked(decision_id, context, device, step)
+        chosen = self._fallback(context) if ranking is None else ranking.chosen
+        action = self._world.actions[chosen]
+        downloaded = self._devices[device].run(action)
+        measured = replace(self._world.measure(device, step, chosen, noise), download_bytes=downloaded)
         reward = formula.reward(measured, action.variant.accuracy)
+        self._chosen[step, device] = chosen
+        self._qoe[step, device] = -switching_charge(formula, downloaded)
         self._reward[step, device] = reward
+        if ranking is None:
+            return None
         learnt = min(max(reward + reward_noise, 0.0), 1.0)
-        return Interaction(decision_id, context, ranking.candidates, ranking.chosen, measured, learnt)
+        return Interaction(decision_id, context, ranking.candidates, chosen, measured, learnt)
+
+    def _context(self, device: int, step: int) -> Context:
+        memory = self._devices[device]
+        context = replace(self._world.context(device, step), incumbent=memory.incumbent, cached_digests=memory.known)
+        if context.baseline is not None:
+            self._baseline[step, device] = self._world.expected_qoe(step)[device, self._position[context.baseline]]
+        if self._contender.masks:
+            return context
+        return replace(context, memory_free_bytes=0, minimum_accuracy=0.0, supported_operators=frozenset())
+
+    def _ranked(self, decision_id: str, context: Context, device: int, step: int) -> Ranking | None:
+        start = time.perf_counter()
+        try:
+            return rank(
+                decision_id=decision_id,
+                context=context,
+                actions=self._world.actions,
+                profiles=self._world.profiles(device),
+                calibration=self._calibration,
+                formula=self._world.formula(device),
+                policy=self._policy,
+                policy_version=1,
+                best_fixed=None,
+                exploration=self._exploration,
+                bans=self._world.bans(step),
+            )
+        except NoFeasibleAction:
+            return None
+        finally:
+            self._seconds += time.perf_counter() - start
+
+    def _fallback(self, context: Context) -> int:
+        key = context.incumbent or context.baseline
+        return self._position[key] if key is not None else 0
 
     def _learn(self, interactions: list[Interaction]) -> None:
         for interaction in interactions:
