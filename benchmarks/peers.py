@@ -7,13 +7,13 @@ runs flat over action and context features, with any arguments. All keep the con
 from __future__ import annotations
 
 import base64
-import importlib
 import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 import numpy as np
+import vowpalwabbit
 from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.exceptions import ConvergenceWarning
@@ -27,9 +27,6 @@ from selector.validation import check_candidates, check_context, check_interacti
 from selector.vw import escaped
 
 Floats = NDArray[np.float64]
-
-# Loaded by name: the product has one file that talks to Vowpal Wabbit, and this is not it.
-vowpalwabbit = importlib.import_module("vowpalwabbit")
 
 # What a loop of the hosted service ran until its operator changed it: its published learner settings and 20 %
 # exploration.

@@ -1,11 +1,13 @@
-"""Off-policy values with intervals, from arrays. Knows no interaction and no policy.
+"""Off-policy values with intervals, from arrays. Knows no interaction and no policy. Empirical likelihood is in
+`empirical_likelihood.py`, confidence sequences for unbounded terms in `sequences.py`.
 
 Arrays have shape (decisions,): ``rewards`` in [0, 1]; ``propensities``, the logged probability of the logged
 action; ``targets``, the probability of the logged action under the policy to be valued; ``model``, a
 prediction of the logged action's reward; ``model_target``, its expectation under the target. Sources: Dudik,
 Langford & Li, "Doubly robust policy evaluation and learning" (ICML 2011); Swaminathan & Joachims (NeurIPS
 2015) for SNIPS; Kong (1992) for the effective sample size; Waudby-Smith & Ramdas, "Estimating means of
-bounded random variables by betting" (JRSS B 2024), theorem 2, for the confidence sequence; Cameron & Miller
+bounded random variables by betting" (JRSS B 2024), theorem 2, for the confidence sequence; Chernozhukov et al.,
+"Double/debiased machine learning" (2018) for cross-fitting; Cameron & Miller
 (2015) for clustered errors; Cochran (1977) for stratified ones.
 """
 
@@ -18,12 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from selector.distributions import t_quantile
 from selector.errors import InvalidInput
+from selector.validation import number
 
 Floats = NDArray[np.float64]
 
 FIXED_N, ANYTIME = "fixed_n", "anytime"
-_Z_975 = 1.959963984540054
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ def effective_sample_size(weights: ArrayLike) -> float:
 
 def importance_weights(propensities: ArrayLike, targets: ArrayLike) -> Floats:
     """target / propensity, checked: propensities in (0, 1], targets in [0, 1]."""
-    logged, wanted = _vector("propensities", propensities), _vector("targets", targets)
+    logged, wanted = vector("propensities", propensities), vector("targets", targets)
     if logged.shape != wanted.shape:
         raise InvalidInput("targets", f"has {wanted.size} entries for {logged.size} propensities")
     if (logged <= 0).any() or (logged > 1 + 1e-9).any():
@@ -67,7 +70,7 @@ def ips_terms(rewards: ArrayLike, propensities: ArrayLike, targets: ArrayLike) -
     >>> float(ips_terms([1.0, 0.5], [0.5, 0.25], [1.0, 0.0]).mean())
     1.0
     """
-    return importance_weights(propensities, targets) * _vector("rewards", rewards)
+    return importance_weights(propensities, targets) * vector("rewards", rewards)
 
 
 def snips(rewards: ArrayLike, propensities: ArrayLike, targets: ArrayLike) -> float:
@@ -78,7 +81,7 @@ def snips(rewards: ArrayLike, propensities: ArrayLike, targets: ArrayLike) -> fl
     """
     weights = importance_weights(propensities, targets)
     total = float(weights.sum())
-    return float((weights * _vector("rewards", rewards)).sum()) / total if total > 0 else 0.0
+    return float((weights * vector("rewards", rewards)).sum()) / total if total > 0 else 0.0
 
 
 def dr_terms(
@@ -90,7 +93,55 @@ def dr_terms(
     [1.25]
     """
     weights = importance_weights(propensities, targets)
-    return _vector("model_target", model_target) + weights * (_vector("rewards", rewards) - _vector("model", model))
+    return vector("model_target", model_target) + weights * (vector("rewards", rewards) - vector("model", model))
+
+
+def dr_cross_fitted(
+    rewards: ArrayLike,
+    propensities: ArrayLike,
+    targets: ArrayLike,
+    *,
+    features: ArrayLike,
+    target_features: ArrayLike,
+    clusters: Sequence[str] | None = None,
+    folds: int = 5,
+    ridge: float = 1.0,
+) -> Floats:
+    """Doubly robust terms whose model never saw the decisions that it corrects.
+
+    The model is a ridge regression of the reward on ``features`` (decisions, d) of the logged action, fitted on all
+    other folds; ``target_features`` (decisions, d) are the features expected under the target, so that a linear model
+    values the target too. Decisions of one cluster share a fold. Raises InvalidInput naming the argument.
+
+    >>> ones = np.ones((4, 1))
+    >>> terms = dr_cross_fitted([0.5] * 4, [0.5] * 4, [0.5] * 4, features=ones, target_features=ones, folds=2)
+    >>> terms.round(9).tolist()
+    [0.5, 0.5, 0.5, 0.5]
+    """
+    values = vector("rewards", rewards)
+    logged, wanted = (
+        _matrix("features", features, values.size),
+        _matrix("target_features", target_features, values.size),
+    )
+    if logged.shape != wanted.shape:
+        raise InvalidInput("target_features", f"has {wanted.shape[1]} columns for {logged.shape[1]} features")
+    names = np.arange(values.size) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    if names.size != values.size:
+        raise InvalidInput("clusters", f"has {names.size} entries for {values.size} rewards")
+    if isinstance(folds, bool) or not 2 <= folds <= names.max() + 1:
+        raise InvalidInput("folds", f"must be between 2 and the number of clusters, {names.max() + 1}")
+    model, model_target = np.empty(values.size), np.empty(values.size)
+    for fold in range(folds):
+        held = names % folds == fold
+        centre, weights = _ridge(logged[~held], values[~held], number("ridge", ridge, 1e-12, 1e12))
+        model[held], model_target[held] = centre + logged[held] @ weights, centre + wanted[held] @ weights
+    return dr_terms(values, propensities, targets, model=model, model_target=model_target)
+
+
+def _ridge(rows: Floats, values: Floats, ridge: float) -> tuple[float, Floats]:
+    centre = float(values.mean())
+    gram = rows.T @ rows + ridge * np.eye(rows.shape[1])
+    return centre, np.asarray(np.linalg.solve(gram, rows.T @ (values - centre)), dtype=np.float64)
 
 
 def fixed_n(terms: ArrayLike, clusters: Sequence[str] | None = None, effective: float | None = None) -> Estimate:
@@ -99,7 +150,7 @@ def fixed_n(terms: ArrayLike, clusters: Sequence[str] | None = None, effective: 
     Clustered, the interval is about the population that the devices were drawn from; it is infinite with fewer than
     two clusters. Valid if looked at once.
     """
-    values = _vector("terms", terms)
+    values = vector("terms", terms)
     mean = float(values.mean())
     groups = np.arange(values.size) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
     count = int(groups.max()) + 1
@@ -119,7 +170,7 @@ def fixed_n_within(terms: ArrayLike, strata: Sequence[str], effective: float | N
     >>> found.mean, found.low == found.high
     (0.5, True)
     """
-    values = _vector("terms", terms)
+    values = vector("terms", terms)
     mean = float(values.mean())
     groups = np.unique(np.asarray(strata), return_inverse=True)[1]
     sizes = np.bincount(groups)
@@ -132,7 +183,7 @@ def fixed_n_within(terms: ArrayLike, strata: Sequence[str], effective: float | N
 
 
 def _t_interval(mean: float, variance: float, freedom: int, effective: float) -> Estimate:
-    half = math.inf if math.isinf(variance) else t_quantile_975(freedom) * math.sqrt(variance)
+    half = math.inf if math.isinf(variance) else t_quantile(0.975, freedom) * math.sqrt(variance)
     return Estimate(mean, mean - half, mean + half, FIXED_N, effective)
 
 
@@ -145,7 +196,7 @@ def confidence_sequence(
     logging), as long as each has the same conditional mean. Raises InvalidInput for a term outside the
     bounds.
     """
-    values = _vector("terms", terms)
+    values = vector("terms", terms)
     if not low < high:
         raise InvalidInput("high", "must be above low")
     if values.min() < low - 1e-9 or values.max() > high + 1e-9:
@@ -183,30 +234,36 @@ def paired_lift(
     """How much better the logged decisions were than the target on the same decisions: mean of reward - DR
     term."""
     value = dr_terms(rewards, propensities, targets, model=model, model_target=model_target)
-    terms = _vector("rewards", rewards) - value
+    terms = vector("rewards", rewards) - value
     return fixed_n(terms, clusters, effective_sample_size(importance_weights(propensities, targets)))
 
 
-def t_quantile_975(freedom: int) -> float:
-    """97.5 % quantile of Student's t: exact for 1 and 2, else Cornish-Fisher (Abramowitz & Stegun 26.7.5).
-
-    >>> [round(t_quantile_975(n), 2) for n in (1, 2, 3, 10, 1000)]
-    [12.71, 4.3, 3.18, 2.23, 1.96]
-    """
-    small = {1: 12.706204736, 2: 4.30265273, 3: 3.182446305, 4: 2.776445105}
-    if freedom in small:
-        return small[freedom]
-    z, n = _Z_975, float(freedom)
-    g1 = (z**3 + z) / 4
-    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + g1 / n + g2 / n**2 + g3 / n**3
-
-
-def _vector(field: str, values: ArrayLike) -> Floats:
+def vector(field: str, values: ArrayLike) -> Floats:
+    """The values as finite float64 of shape (n,), n > 0; InvalidInput naming the field otherwise."""
     vector = np.asarray(values, dtype=np.float64)
     if vector.ndim != 1 or vector.size == 0:
         raise InvalidInput(field, "must be a non-empty vector")
     if not np.isfinite(vector).all():
         raise InvalidInput(field, "must be finite")
     return vector
+
+
+def bounded_rewards(rewards: ArrayLike, count: int, low: float, high: float) -> Floats:
+    """The rewards as finite float64 of shape (count,), all in [low, high]; InvalidInput naming the field otherwise."""
+    values = vector("rewards", rewards)
+    if values.size != count:
+        raise InvalidInput("rewards", f"has {values.size} entries for {count} propensities")
+    if not low < high:
+        raise InvalidInput("high", "must be above low")
+    if values.min() < low - 1e-9 or values.max() > high + 1e-9:
+        raise InvalidInput("rewards", f"must be between {low:g} and {high:g}")
+    return values
+
+
+def _matrix(field: str, values: ArrayLike, rows: int) -> Floats:
+    matrix = np.asarray(values, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != rows or matrix.shape[1] == 0:
+        raise InvalidInput(field, f"must have the shape ({rows}, columns), has {matrix.shape}")
+    if not np.isfinite(matrix).all():
+        raise InvalidInput(field, "must be finite")
+    return matrix
