@@ -15,7 +15,7 @@ from ninja import NinjaAPI
 from ninja.errors import HttpError, ValidationError
 
 from device_agents.wire import FieldProblem, Problem
-from qoe_service.errors import InvalidInput, NotAuthenticated, NotFound, ServiceError, TooLarge
+from qoe_service.errors import InvalidInput, NotAuthenticated, NotFound, NotPermitted, ServiceError, TooLarge
 from qoe_service.observability import current_trace_id
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,8 @@ def _service_error_of(error: HttpError) -> ServiceError:
         return error.__cause__
     if error.status_code == NotAuthenticated.status:
         return NotAuthenticated("send the header Authorization: Bearer with a credential")
+    if error.status_code == NotPermitted.status:
+        return NotPermitted(str(error))
     return InvalidInput(str(error))
 
 

@@ -1,15 +1,18 @@
-"""Read-only REST view of applications and their variants, for operators and for apps with a key."""
+"""REST view of applications, their variants and their exports, for operators and for apps with a key."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 
-from django.http import HttpRequest
+from django.http import HttpRequest, StreamingHttpResponse
 from ninja import Router, Schema
 from ninja.security import SessionAuth
 
 from device_agents.wire import Name
-from qoe_service.catalogue import applications
+from qoe_service.catalogue import applications, packages
+from qoe_service.catalogue.intake_api import router as intake
 from qoe_service.catalogue.models import Application, Variant
 from qoe_service.errors import NotPermitted
 from qoe_service.fleet.api import ApplicationAuth
@@ -59,6 +62,7 @@ class VariantOut(Schema):
 
 
 router = Router(tags=["catalogue"], auth=[SessionAuth(), ApplicationAuth()])
+router.add_router("", intake)
 
 
 @router.get("/applications", response=list[ApplicationOut])
@@ -77,6 +81,24 @@ def list_variants(request: HttpRequest, name: Name) -> list[VariantOut]:
         raise NotPermitted("this key belongs to another application", field="name")
     rows = applications.get(name).variants.select_related("artifact", "base")
     return [VariantOut.of(row) for row in rows]
+
+
+@router.get("/applications/{name}/export")
+def export(request: HttpRequest, name: Name, format: str = "zip") -> StreamingHttpResponse:  # noqa: A002 - a word of URLs
+    """All variants in use as one zip with a manifest, or as an ONNX Runtime model package (``ortpackage``)."""
+    key = _key_of(request)
+    if key is not None and key.application != name:
+        raise NotPermitted("this key belongs to another application", field="name")
+    content = packages.export(applications.get(name), format)
+    suffix = ".ortpackage.zip" if format == "ortpackage" else ".zip"
+    headers = {"Content-Disposition": f'attachment; filename="{name}{suffix}"', "X-Content-Type-Options": "nosniff"}
+    return StreamingHttpResponse(_unhurried(content), content_type="application/zip", headers=headers)
+
+
+async def _unhurried(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    # given a plain iterator, Django would hold the whole of it in memory
+    while chunk := await asyncio.to_thread(next, chunks, b""):
+        yield chunk
 
 
 def _key_of(request: HttpRequest) -> ApplicationKey | None:

@@ -60,8 +60,7 @@ def finish(row: Work, *, state: str, now: datetime, error: str = "", **fields: A
 
 def cancel(rows: QuerySet[W], now: datetime, *, error: str = "") -> int:
     """Stop those that wait or run; their runners notice within a second. How many that were."""
-    open_states = (Work.State.RECEIVING, Work.State.QUEUED, Work.State.RUNNING)
-    return rows.filter(state__in=open_states).update(state=Work.State.CANCELLED, finished_at=now, error=error)
+    return rows.filter(state__in=Work.OPEN_STATES).update(state=Work.State.CANCELLED, finished_at=now, error=error)
 
 
 def _mine(row: W) -> QuerySet[W]:

@@ -23,6 +23,7 @@ BUNDLE, BUNDLE_SUFFIX = "bundle.zip", ".zip"
 NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
 PRECISION = re.compile(r"^[a-z0-9-]{1,16}$")
 FIELD = "file"
+CHECKED = 0.8  # share of an import that is done before its speed is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,8 @@ def _import(application: Application, path: Path, wish: Wish, now: datetime, wat
                 artifact = artifacts.store(checked, now=now)
         except sandbox.Refused as refusal:
             raise InvalidInput(f"{path.name} is refused: {refusal}", field=FIELD) from None
+    if watch is not None and not watch(CHECKED):
+        raise sandbox.Cancelled
     with transaction.atomic():
         return _keep(application, artifact, measured, wish, now)
 

@@ -17,6 +17,7 @@ from qoe_service.catalogue.evaluation import Measured
 from qoe_service.catalogue.models import Application, Job, Variant
 from qoe_service.catalogue.passes import CompressionPass
 from qoe_service.errors import Conflict, NotFound
+from qoe_service.fleet import audit
 
 STALE_AFTER, MAX_ATTEMPTS = claims.STALE_AFTER, claims.MAX_ATTEMPTS
 ACCURACY = "accuracy"  # stands where other jobs name their pass
@@ -79,6 +80,15 @@ def runnable(*, now: datetime) -> list[int]:
     return list(waiting.values_list("id", flat=True)[:free]) if free > 0 else []
 
 
+def next_in_family(variant: Variant) -> Job | None:
+    """The next job that may start of a variant and all that was derived from it."""
+    family, found = {variant.pk}, {variant.pk}
+    while found:
+        found = set(Variant.objects.filter(base__in=found).values_list("pk", flat=True)) - family
+        family |= found
+    return Job.objects.filter(_is_due(), base__in=family, state=Job.State.QUEUED).order_by("id").first()
+
+
 def claim(*, job_id: int, now: datetime) -> Job | None:
     """Become the one runner of a job; None when it is not to be had, or enough others run already."""
     with transaction.atomic():
@@ -110,10 +120,13 @@ def get(job_id: int) -> Job:
     return job
 
 
-def cancel(*, job_id: int, now: datetime) -> bool:
+def cancel(*, job_id: int, now: datetime, actor: str = "") -> bool:
     """Stop a waiting or running job, and what waits for it. False when it has ended already."""
-    stopped = claims.cancel(Job.objects.filter(pk=get(job_id).pk), now)
-    _end_followers(now)
+    with transaction.atomic():
+        stopped = claims.cancel(Job.objects.filter(pk=get(job_id).pk), now)
+        _end_followers(now)
+        if stopped and actor:
+            audit.record(actor=actor, verb="cancel_job", subject=f"job:{job_id}", now=now)
     return bool(stopped)
 
 

@@ -119,6 +119,8 @@ class Work(models.Model):
         CANCELLED = "cancelled"
         REFUSED = "refused"
 
+    OPEN_STATES = (State.RECEIVING, State.QUEUED, State.RUNNING)
+
     state = models.CharField(max_length=16, choices=State, default=State.QUEUED, db_index=True)
     progress = models.FloatField(default=0)
     attempts = models.PositiveIntegerField(default=0)
@@ -133,7 +135,7 @@ class Work(models.Model):
     @property
     def is_open(self) -> bool:
         """Whether it may still come to something."""
-        return self.state in {self.State.RECEIVING, self.State.QUEUED, self.State.RUNNING}
+        return self.state in self.OPEN_STATES
 
 
 class Job(Work):

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,23 @@ def import_package(
         raise InvalidInput(f"{path.name} is refused: {'; '.join(notes)}"[:2000], field=imports.FIELD)
     _restore_bases(application, contents, variants)
     return Imported(variants, notes)
+
+
+@contextlib.contextmanager
+def as_zip(path: Path) -> Iterator[Path]:
+    """A package that is a folder as a zip; a zip as it is. Links are not followed. Raises InvalidInput."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise InvalidInput(f"there is no file {str(path)!r}", field=imports.FIELD)
+        yield path
+        return
+    with tempfile.TemporaryDirectory(dir=artifacts.incoming_folder()) as folder:
+        target = Path(folder) / f"{path.name}.zip"
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+            for each in sorted(path.rglob("*")):
+                if each.is_file() and not each.is_symlink():
+                    archive.write(each, each.relative_to(path))
+        yield target
 
 
 def export(application: Application, format_name: str) -> Iterator[bytes]:

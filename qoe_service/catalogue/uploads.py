@@ -31,7 +31,7 @@ SPARE_BYTES = 2**28
 FOLDER = "uploads"
 KINDS = {".onnx": "model", ".npz": "data", ".ortpackage": "package", ".zip": "model"}
 MAX_BYTES = {"data": datasets.MAX_BYTES, "package": imports.MAX_BUNDLE_BYTES}
-OPEN = Q(state__in=(Work.State.RECEIVING, Work.State.QUEUED, Work.State.RUNNING))
+OPEN = Q(state__in=Work.OPEN_STATES)
 
 
 class Options(BaseModel):

@@ -1,4 +1,4 @@
-"""manage.py import_model APP FILE.onnx --name NAME [--passes static-int8,dynamic-int8] [--wait]."""
+"""manage.py import_model APP FILE [--data FILE.npz] [--name NAME] [--passes family] [--base VARIANT] [--wait]."""
 
 from __future__ import annotations
 
@@ -7,55 +7,81 @@ from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
-from django.db.models import Q
 from django.utils import timezone
 
-from qoe_service.catalogue import applications, compression, imports, tasks
-from qoe_service.catalogue.models import Job, Variant
+from qoe_service.catalogue import applications, compression, datasets, imports, jobs, packages, tasks, uploads
+from qoe_service.catalogue.models import Application, Job, Variant
+from qoe_service.catalogue.passes import PASSES, WHOLE_FAMILY
 from qoe_service.errors import ServiceError
 
 
 class Command(BaseCommand):
-    help = "Check and measure an ONNX model, keep it as a variant, and queue compression passes over it."
+    help = "Check and measure a model, keep it as a variant, and queue compression passes over it."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("application")
-        parser.add_argument("file", type=Path)
+        parser.add_argument("file", type=Path, help=".onnx, .zip with external data, or an .ortpackage folder or zip")
         parser.add_argument("--name", help="name of the variant; the file's name unless given")
         parser.add_argument("--precision", default="fp32")
-        parser.add_argument("--passes", default="", help=f"comma separated: {', '.join(compression.PASSES)}")
+        parser.add_argument("--base", default="", help="the variant that this one was trained to stand in for")
+        parser.add_argument("--passes", default="", help=f"comma separated: {WHOLE_FAMILY}, {', '.join(PASSES)}")
+        parser.add_argument("--data", type=Path, help=".npz; becomes the application's data set")
+        parser.add_argument("--labels-key", default="", help="the array in --data that holds the labels")
+        parser.add_argument("--inputs-key", default="", help="the array in --data that holds the inputs")
         parser.add_argument("--wait", action="store_true", help="run the passes here instead of in a worker")
 
-    def handle(
-        self, *, application: str, file: Path, name: str | None, precision: str, passes: str, wait: bool, **_: Any
-    ) -> None:
+    def handle(self, *, application: str, file: Path, passes: str, wait: bool, **options: Any) -> None:
+        wanted = [each.strip() for each in passes.split(",") if each.strip()]
         try:
-            variant = imports.import_model(
-                application=applications.get(application),
-                path=file,
-                name=name or file.stem,
-                precision=precision,
-                passes=[each.strip() for each in passes.split(",") if each.strip()],
-                now=timezone.now(),
-            )
+            owner = applications.get(application)
+            if options["data"]:
+                self._take_data(owner, options)
+            variants = self._take_models(owner, file, wanted, options)
         except ServiceError as error:
             raise CommandError(f"{error.field}: {error.detail}") from None
-        self._tell(variant)
+        for variant in variants:
+            self._tell(variant)
         if wait:
-            self._run_jobs(variant)
+            for variant in variants:
+                self._run_jobs(variant)
         else:
             tasks.wake_workers()
 
+    def _take_data(self, application: Application, options: dict[str, Any]) -> None:
+        keys = {"labels_key": options["labels_key"], "inputs_key": options["inputs_key"]}
+        dataset = datasets.import_dataset(path=options["data"], now=timezone.now(), **keys)
+        if datasets.replace(application=application, dataset=dataset):
+            jobs.queue_all_accuracies(application=application, now=timezone.now())
+
+    def _take_models(
+        self, application: Application, file: Path, passes: list[str], options: dict[str, Any]
+    ) -> list[Variant]:
+        if uploads.kind_of(file.name) == "package":
+            with packages.as_zip(file) as path:
+                found = packages.import_package(application=application, path=path, passes=passes, now=timezone.now())
+            for note in found.notes:
+                self.stderr.write(f"left out: {note}")
+            return list(found.variants)
+        variant = imports.import_model(
+            application=application,
+            path=file,
+            name=options["name"] or file.stem,
+            precision=options["precision"],
+            base=options["base"],
+            passes=passes,
+            now=timezone.now(),
+        )
+        return [variant]
+
     def _run_jobs(self, variant: Variant) -> None:
-        family = Q(base=variant) | Q(base__base=variant)
-        while job := Job.objects.filter(family, state=Job.State.QUEUED).first():
+        while (job := jobs.next_in_family(variant)) is not None:
             ended = compression.run(job_id=job.pk, clock=timezone.now)
             if ended is None:
                 self.stdout.write(f"{job.compression_pass}: left to the worker that runs jobs already")
                 return
             if ended.result is not None:
                 self._tell(ended.result)
-            else:
+            elif ended.state != Job.State.CANCELLED:
                 self.stdout.write(f"{job.compression_pass}: {ended.state}: {ended.error}")
 
     def _tell(self, variant: Variant) -> None:
