@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from estimators.bandits import cressieread, cs, gaussian, ips
+from estimators.bandits import snips as reference_snips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import special, stats
 
 from selector import estimators
+from selector.distributions import beta_cdf, log_lower_gamma, t_quantile
+from selector.empirical_likelihood import cressie_read
 from selector.errors import InvalidInput
+from selector.sequences import off_policy_sequence
 
 REWARDS, PROPENSITIES, TARGETS = [1.0, 0.5, 0.0, 0.8], [0.5, 0.25, 0.5, 0.8], [1.0, 0.0, 0.5, 0.4]
 WEIGHTS = [2.0, 0.0, 1.0, 0.5]
@@ -176,3 +182,206 @@ def test_differences_between_devices_widen_only_the_interval_about_other_devices
 def test_one_decision_each_says_nothing_within_devices_that_it_does_not_say_between_them() -> None:
     assert np.isinf(estimators.fixed_n_within([0.5], ["a"]).high)
     assert np.isfinite(estimators.fixed_n_within([0.1, 0.9], ["a", "b"]).high)
+
+
+def varied(seed: int) -> dict[str, Any]:
+    """A log over four actions under random logging and target policies, with real or binary rewards."""
+    rng = np.random.default_rng(seed)
+    logging, target = 0.05 + 0.8 * rng.dirichlet(np.ones(4)), rng.dirichlet(np.ones(4))
+    count = int(rng.integers(2, 150))
+    chosen = rng.choice(4, size=count, p=logging / logging.sum())
+    rewards = rng.random(count) if seed % 2 else (rng.random(count) < 0.6).astype(float)
+    return {"rewards": rewards, "propensities": (logging / logging.sum())[chosen], "targets": target[chosen]}
+
+
+def told(reference: Any, log: dict[str, Any]) -> Any:
+    for propensity, reward, target in zip(log["propensities"], log["rewards"], log["targets"], strict=True):
+        reference.add_example(float(propensity), float(reward), float(target))
+    return reference
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_values_and_intervals_agree_with_the_reference_implementation(seed: int) -> None:
+    log = varied(seed)
+    assert estimators.ips_terms(**log).mean() == pytest.approx(told(ips.Estimator(), log).get(), abs=1e-6)
+    assert estimators.snips(**log) == pytest.approx(told(reference_snips.Estimator(), log).get(), abs=1e-6)
+    largest = math.inf if seed % 3 == 0 else 20.0
+    ours = cressie_read(**log, largest_weight=largest)
+    assert ours.mean == pytest.approx(told(cressieread.Estimator(wmax=largest), log).get(), abs=1e-6)
+    low, high = told(cressieread.Interval(wmax=largest), log).get(alpha=0.05)
+    assert (ours.low, ours.high) == pytest.approx((min(low, ours.mean), max(high, ours.mean)), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_t_intervals_are_the_reference_gaussian_ones_with_students_factor(seed: int) -> None:
+    log = varied(seed)
+    count = len(log["rewards"])
+    low, high = told(gaussian.Interval(), log).get(alpha=0.05)
+    ours = estimators.fixed_n(estimators.ips_terms(**log))
+    factor = stats.t.ppf(0.975, count - 1) / stats.norm.ppf(0.975)
+    assert ours.high - ours.low == pytest.approx(factor * (high - low), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_confidence_sequences_agree_with_the_reference_while_its_guesses_are_valid(seed: int) -> None:
+    """The reference also guesses above 1, which the theorem does not allow; with weights of at most 1.6 and rewards
+    of at most 0.6 its guesses stay below."""
+    rng = np.random.default_rng(seed)
+    count = 120
+    log: dict[str, Any] = {
+        "rewards": 0.6 * rng.random(count) + 0.1,
+        "propensities": np.full(count, 0.5),
+        "targets": rng.choice([0.2, 0.8], size=count),
+    }
+    low, high = told(cs.Interval(), log).get(alpha=0.05)
+    ours = off_policy_sequence(**log)
+    weights = 2.0 * log["targets"]
+    for terms in (weights * log["rewards"], weights * (1 - log["rewards"])):
+        assert ((np.cumsum(terms) + 0.5) / np.arange(2, count + 2)).max() <= 1.0
+    assert (ours.low, ours.high) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_cressie_read_by_hand() -> None:
+    """Weights 2 and 0 and an unseen 0: mean 2/3, variance 8/9, so the first decision's share is 1/2."""
+    found = cressie_read([0.8, 0.5], [0.5, 0.5], [1.0, 0.0])
+    assert found.mean == pytest.approx(0.5 * 2 * 0.8)
+    assert (found.low, found.high) == (0.0, 1.0)
+
+
+def test_cressie_read_intervals_cover_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(8)
+    runs, hits = 400, 0
+    for _ in range(runs):
+        estimate = cressie_read(**logged(rng, 300), largest_weight=2.5, smallest_weight=0.625)
+        hits += estimate.low <= 0.5 <= estimate.high
+    assert hits / runs >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / runs)
+
+
+def test_cressie_read_is_tighter_than_a_gaussian_interval_and_with_more_data() -> None:
+    """Where rewards hardly vary, the noise of the weights is most of what a Gaussian interval sees."""
+    rng = np.random.default_rng(9)
+    log = logged(rng, 4000)
+    log["rewards"] = 0.7 + 0.1 * log["rewards"]
+    widths = []
+    for count in (200, 1000, 4000):
+        part = {name: values[:count] for name, values in log.items()}
+        found = cressie_read(**part, smallest_weight=0.625, largest_weight=2.5, low=0.7, high=0.8)
+        plain = estimators.fixed_n(estimators.ips_terms(**part))
+        assert found.high - found.low < plain.high - plain.low
+        widths.append(found.high - found.low)
+    assert widths[0] > widths[1] > widths[2]
+
+
+def test_cressie_read_and_sequences_scale_with_their_bounds() -> None:
+    log = varied(3)
+    wide = {**log, "rewards": 4 * log["rewards"] - 1}
+    for interval in (cressie_read, off_policy_sequence):
+        unit, scaled = interval(**log), interval(**wide, low=-1.0, high=3.0)
+        assert (scaled.low, scaled.high) == pytest.approx((4 * unit.low - 1, 4 * unit.high - 1), abs=1e-9)
+
+
+def test_an_off_policy_sequence_survives_peeking() -> None:
+    rng = np.random.default_rng(10)
+    runs, missed = 60, 0
+    for _ in range(runs):
+        log = logged(rng, 400)
+        found = [
+            off_policy_sequence(**{name: values[:count] for name, values in log.items()}) for count in (25, 100, 400)
+        ]
+        missed += any(not each.low <= 0.5 <= each.high for each in found)
+        assert found[2].high - found[2].low < found[0].high - found[0].low
+    assert missed / runs <= 0.05
+
+
+def test_cross_fitted_terms_are_right_and_less_noisy_than_weighted_rewards() -> None:
+    rng = np.random.default_rng(11)
+    logging, target, means = np.array([0.4, 0.3, 0.2, 0.1]), np.full(4, 0.25), np.array([0.2, 0.4, 0.6, 0.8])
+    chosen = rng.choice(4, size=4000, p=logging)
+    log: dict[str, Any] = {
+        "rewards": np.clip(means[chosen] + rng.normal(0, 0.05, 4000), 0, 1),
+        "propensities": logging[chosen],
+        "targets": target[chosen],
+    }
+    terms = estimators.dr_cross_fitted(**log, features=np.eye(4)[chosen], target_features=np.tile(target, (4000, 1)))
+    assert terms.mean() == pytest.approx(0.5, abs=4 * terms.std() / math.sqrt(4000))
+    assert terms.std() < 0.5 * estimators.ips_terms(**log).std()
+
+
+def test_a_cross_fitted_model_never_sees_the_device_that_it_corrects() -> None:
+    """Where the target never goes, a term is the model alone: it must not move with the device's own rewards."""
+    rng = np.random.default_rng(12)
+    devices = [f"d{number % 4}" for number in range(40)]
+    own = np.array([device == "d0" for device in devices])
+    arrays: dict[str, Any] = {"propensities": np.full(40, 0.5), "targets": np.where(own, 0.0, 0.5)}
+    features = rng.random((40, 3))
+    rewards = rng.random(40)
+
+    def terms(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return estimators.dr_cross_fitted(
+            values, **arrays, features=features, target_features=features, clusters=devices, folds=4
+        )
+
+    assert terms(rewards)[own].tolist() == terms(np.where(own, 1.0 - rewards, rewards))[own].tolist()
+    assert terms(rewards)[own].tolist() != terms(np.where(own, rewards, 1.0 - rewards))[own].tolist()
+
+
+def test_distribution_functions_agree_with_scipy() -> None:
+    for probability in (0.025, 0.6, 0.975, 0.9995):
+        for freedom in (1, 2, 5, 30, 1000, 1e6):
+            assert t_quantile(probability, freedom) == pytest.approx(stats.t.ppf(probability, freedom), rel=1e-7)
+    for x, a, b in ((0.4, 2, 3), (0.01, 0.5, 0.5), (0.3, 100, 200), (0.9999, 1e4, 2)):
+        assert beta_cdf(x, a, b) == pytest.approx(special.betainc(a, b, x), abs=1e-10)
+    for a, x in ((0.5, 0.1), (1, 5), (10, 3), (100.5, 101), (1000, 1100), (1e4, 1e4)):
+        wanted = math.log(special.gammainc(a, x)) + special.gammaln(a)
+        assert log_lower_gamma(a, x) == pytest.approx(wanted, rel=1e-9)
+
+
+OUT_OF_RANGE: list[dict[str, Any]] = [
+    {"rewards": [0.5, 0.5, 0.5, 1.5]},
+    {"rewards": [0.5]},
+    {"propensities": [0.0, 0.5, 0.5, 0.5]},
+    {"targets": [math.nan] * 4},
+    {"alpha": 0.0},
+    {"low": 1.0},
+]
+
+
+@pytest.mark.parametrize("bad", [*OUT_OF_RANGE, {"largest_weight": 0.5}, {"smallest_weight": 2.0}])
+def test_cressie_read_refuses_what_makes_no_sense(bad: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"rewards": REWARDS, "propensities": PROPENSITIES, "targets": TARGETS, **bad}
+    with pytest.raises(InvalidInput):
+        cressie_read(**arguments)
+
+
+@pytest.mark.parametrize("bad", [*OUT_OF_RANGE, {"opening": -1.0}])
+def test_off_policy_sequences_refuse_what_makes_no_sense(bad: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"rewards": REWARDS, "propensities": PROPENSITIES, "targets": TARGETS, **bad}
+    with pytest.raises(InvalidInput):
+        off_policy_sequence(**arguments)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"features": np.ones((3, 1))},
+        {"features": np.full((4, 1), math.inf)},
+        {"target_features": np.ones((4, 2))},
+        {"clusters": ["a", "b"]},
+        {"folds": 1},
+        {"folds": 5},
+        {"ridge": 0.0},
+    ],
+)
+def test_cross_fitting_refuses_what_makes_no_sense(bad: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {
+        "rewards": REWARDS,
+        "propensities": PROPENSITIES,
+        "targets": TARGETS,
+        "features": np.ones((4, 1)),
+        "target_features": np.ones((4, 1)),
+        "folds": 2,
+        **bad,
+    }
+    with pytest.raises(InvalidInput) as refused:
+        estimators.dr_cross_fitted(**arguments)
+    assert refused.value.field == next(iter(bad))
