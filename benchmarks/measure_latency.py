@@ -22,7 +22,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,27 +31,15 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
+from benchmarks.latency_table import load, save
 from demo.limits import open_cpu_group
 from demo.models import DemoModel, digits_models, load_data, parity_model
+from selector.timings import TableRow
 
-DEFAULT_TABLE = Path(__file__).parent / "data" / "latency.npz"
 QUOTAS = (0.0, 1.0, 0.5, 0.25)  # cores; 0 is no limit
 BATCHES, THREADS, CALLERS = (1, 2, 4, 8, 16), (1, 2), (1, 2)
 CELL_SECONDS, FEWEST, MOST = 0.2, 6, 40
 QUICK = {"batches": (1, 4, 16), "threads": (1,), "callers": (1,)}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """All samples of one combination: wall milliseconds per executed batch, and CPU milliseconds per batch."""
-
-    variant: str
-    quota: float
-    threads: int
-    callers: int
-    batch: int
-    samples_ms: tuple[float, ...]
-    cpu_ms: float
 
 
 class _Pictures(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime is not typed
@@ -124,7 +111,7 @@ def prepare(folder: Path) -> None:
     (folder / "variants.json").write_text(json.dumps(listed))
 
 
-def measure(folder: Path, quota: float, *, quick: bool = False) -> list[Cell]:
+def measure(folder: Path, quota: float, *, quick: bool = False) -> list[TableRow]:
     """All cells of what ``prepare`` wrote, under one quota that this process is already in."""
     cells = []
     batches, threads_tried, callers_tried = (
@@ -136,7 +123,7 @@ def measure(folder: Path, quota: float, *, quick: bool = False) -> list[Cell]:
             for callers in callers_tried:
                 for batch in batches:
                     times, cpu_ms = samples(running, input_name, (batch, *shape), callers)
-                    cells.append(Cell(name, quota, threads, callers, batch, times, cpu_ms))
+                    cells.append(TableRow(name, quota, threads, callers, batch, times, cpu_ms))
     return cells
 
 
@@ -162,40 +149,6 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def save(path: Path, cells: Sequence[Cell], about: dict[str, Any]) -> None:
-    names = sorted({cell.variant for cell in cells})
-    np.savez_compressed(
-        path,
-        about=np.array(json.dumps(about, sort_keys=True)),
-        variants=np.array(names),
-        variant=np.array([names.index(cell.variant) for cell in cells], dtype=np.int16),
-        quota=np.array([cell.quota for cell in cells], dtype=np.float32),
-        threads=np.array([cell.threads for cell in cells], dtype=np.int16),
-        callers=np.array([cell.callers for cell in cells], dtype=np.int16),
-        batch=np.array([cell.batch for cell in cells], dtype=np.int16),
-        cpu_ms=np.array([cell.cpu_ms for cell in cells], dtype=np.float32),
-        count=np.array([len(cell.samples_ms) for cell in cells], dtype=np.int32),
-        samples_ms=np.array([each for cell in cells for each in cell.samples_ms], dtype=np.float32),
-    )
-
-
-def load(path: Path) -> tuple[list[Cell], dict[str, Any]]:
-    with np.load(path) as table:
-        ends = np.cumsum(table["count"])
-        parts = np.split(table["samples_ms"].astype(np.float64), ends[:-1])
-        names = [str(name) for name in table["variants"]]
-        columns = zip(
-            *(table[each].tolist() for each in ("variant", "quota", "threads", "callers", "batch", "cpu_ms")),
-            parts,
-            strict=True,
-        )
-        cells = [
-            Cell(names[variant], quota, threads, callers, batch, tuple(times.tolist()), cpu_ms)
-            for variant, quota, threads, callers, batch, cpu_ms, times in columns
-        ]
-        return cells, json.loads(str(table["about"]))
-
-
 def line_fit(batches: Sequence[int], times_ms: Sequence[float]) -> tuple[float, float, float]:
     """a, b and R² of ``a n + b`` by least squares."""
     design = np.column_stack([batches, np.ones(len(batches))])
@@ -205,7 +158,7 @@ def line_fit(batches: Sequence[int], times_ms: Sequence[float]) -> tuple[float, 
     return float(a), float(b), 1.0 - rest / max(float(np.sum((times - times.mean()) ** 2)), 1e-12)
 
 
-def fits(cells: Sequence[Cell]) -> dict[tuple[str, float, int, int], tuple[float, float, float]]:
+def fits(cells: Sequence[TableRow]) -> dict[tuple[str, float, int, int], tuple[float, float, float]]:
     """a, b, R² of the medians by (variant, quota, threads, callers)."""
     groups: dict[tuple[str, float, int, int], dict[int, float]] = {}
     for cell in cells:
@@ -214,24 +167,26 @@ def fits(cells: Sequence[Cell]) -> dict[tuple[str, float, int, int], tuple[float
     return {key: line_fit(list(times), list(times.values())) for key, times in groups.items() if len(times) > 2}
 
 
-def report(cells: Sequence[Cell], about: dict[str, Any]) -> dict[str, Any]:
+def report(cells: Sequence[TableRow], about: dict[str, Any]) -> dict[str, Any]:
     print(json.dumps(about))
     print(f"{'variant':<28}{'quota':>6}{'threads':>8}{'callers':>8}{'a ms':>9}{'b ms':>9}{'R²':>8}")
     found = fits(cells)
     for (variant, quota, threads, callers), (a, b, r2) in sorted(found.items()):
         print(f"{variant:<28}{quota:>6g}{threads:>8}{callers:>8}{a:>9.3f}{b:>9.3f}{r2:>8.4f}")
     shares = np.array([r2 for _, _, r2 in found.values()])
+    free = [r2 for (_, quota, _, _), (_, _, r2) in found.items() if quota == 0]
     return {
         "cells": len(cells),
         "samples": sum(len(cell.samples_ms) for cell in cells),
         "fits": len(found),
+        "r2_median_without_quota": round(float(np.median(free)), 4) if free else None,
         "r2_median": round(float(np.median(shares)), 4),
         "r2_p10": round(float(np.quantile(shares, 0.1)), 4),
         "r2_below_0_99_pct": round(100 * float(np.mean(shares < 0.99)), 1),
     }
 
 
-def under_quota(folder: Path, quota: float, *, quick: bool) -> list[Cell] | None:
+def under_quota(folder: Path, quota: float, *, quick: bool) -> list[TableRow] | None:
     """Measure in a process of its own under this quota; None where no control group can be made."""
     group = open_cpu_group(f"measure-latency-{os.getpid()}", quota) if quota else None
     if quota and group is None:
@@ -247,7 +202,7 @@ def under_quota(folder: Path, quota: float, *, quick: bool) -> list[Cell] | None
         if group is not None:
             _leave(group.folder)
             group.remove()
-    return load(output)[0]
+    return list(load(output)[0])
 
 
 def _leave(folder: Path) -> None:
@@ -270,7 +225,8 @@ def main() -> None:
         save(arguments.output, measure(arguments.models, arguments.inside, quick=arguments.quick), machine())
         return
     if arguments.show:
-        cells, about = load(arguments.show)
+        shown, about = load(arguments.show)
+        cells = list(shown)
     elif arguments.join:
         loaded = [load(path) for path in arguments.join]
         cells, about = [cell for part, _ in loaded for cell in part], loaded[0][1]
