@@ -53,15 +53,34 @@ PASSES: Mapping[str, CompressionPass] = MappingProxyType(
     {
         each.name: each
         for each in (
+            CompressionPass("clean-up", "clean-up", ""),
             _static("static-int8"),
             _static("static-int8-7bit", X86, reduce_range=True),
+            _static("static-int8-arm", ARM, activations="int8"),
+            _static("static-int8-entropy", ranges="entropy"),
+            _static("static-int8-percentile", ranges="percentile"),
+            _static("mixed-int8", method="mixed-int8", keep_share=0.25),
             CompressionPass("dynamic-int8", "dynamic-int8", "int8", {"per_channel": True, "reduce_range": False}),
+            CompressionPass("int4-weights", "int4-weights", "int4", {"block_size": 32, "accuracy_level": 4}),
+            CompressionPass("float16", "float16", "fp16"),
+            CompressionPass("prune-light", "prune-channels", "", {**_PRUNE, "keep_cost": 0.75}, memory_factor=12.0),
+            CompressionPass("prune", "prune-channels", "", {**_PRUNE, "keep_cost": 0.5}, memory_factor=12.0),
+            CompressionPass("prune-hard", "prune-channels", "", {**_PRUNE, "keep_cost": 0.3}, memory_factor=12.0),
+            CompressionPass("low-rank", "low-rank", "", {**_PRUNE, "keep_energy": 0.999}, memory_factor=12.0),
+            CompressionPass("low-rank-hard", "low-rank", "", {**_PRUNE, "keep_energy": 0.99}, memory_factor=12.0),
         )
     }
 )
 
 # What one model becomes unless somebody asks for less. A pass that cannot help a model refuses within a second.
-FAMILY: Sequence[str] = (*PASSES,)
+FAMILY: Sequence[str] = (
+    *PASSES,
+    *(
+        f"{first}{JOIN}{second}"
+        for first in ("prune-light", "prune", "prune-hard", "low-rank", "low-rank-hard")
+        for second in ("static-int8", "dynamic-int8")
+    ),
+)
 
 
 def chain(text: str, *, field_name: str = "passes") -> tuple[CompressionPass, ...]:

@@ -10,6 +10,7 @@ import onnx
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from . import checks
+from .cleanup import slimmed
 
 QUANTISED_OPERATORS = frozenset(
     {
@@ -29,13 +30,17 @@ def why_quantised(model: onnx.ModelProto) -> str | None:
 
 
 def prepare(source: Path, target: Path) -> onnx.ModelProto:
-    """Infer shapes and fuse what can be fused on every machine, in an opset that knows per-channel scales."""
-    model = checks.read(source)
+    """Clean up, infer shapes, fuse what can be fused on every machine, in an opset that knows per-channel scales."""
+    model = slimmed(checks.read(source))
     if checks.opset_of(model) < PER_CHANNEL_OPSET:
         model = onnx.version_converter.convert_version(model, PER_CHANNEL_OPSET)
     onnx.save(model, target)
     quant_pre_process(target, target, skip_symbolic_shape=True)
-    return onnx.load(target)
+    prepared = onnx.load(target)
+    for number, node in enumerate(prepared.graph.node):
+        node.name = f"{node.op_type}_{number}"  # some exporters name none, and nodes are left out by name
+    onnx.save(prepared, target)
+    return prepared
 
 
 def weights_in(model: onnx.ModelProto, operators: frozenset[str]) -> int:

@@ -9,14 +9,24 @@ from typing import Any
 import onnx
 
 from . import checks
+from .cleanup import CleanUp
+from .four_bit import Int4Weights
+from .half import Float16
 from .int8 import DynamicInt8, StaticInt8
 from .interface import Pass, Task
+from .low_rank import LowRank
+from .mixed import MixedInt8
+from .pruning import PruneChannels
 from .refusal import Refusal
+from .runtime import instruction_sets
 
 __all__ = ["PASSES", "Task", "apply"]
 
 LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxslim")
-PASSES = MappingProxyType({each.name: each for each in (StaticInt8(), DynamicInt8())})
+_ALL: tuple[Pass, ...] = (
+    *(CleanUp(), StaticInt8(), MixedInt8(), DynamicInt8(), Int4Weights(), Float16(), PruneChannels(), LowRank()),
+)
+PASSES = MappingProxyType({each.name: each for each in _ALL})
 
 
 def apply(name: str, task: Task) -> dict[str, Any]:
@@ -29,6 +39,7 @@ def apply(name: str, task: Task) -> dict[str, Any]:
     _write_canonical(task)
     return {
         "calibration_digest": task.data.calibration_digest if task.data and chosen.uses_calibration else None,
+        "isa": instruction_sets(),
         "versions": {each: importlib.metadata.version(each) for each in LIBRARIES},
     }
 

@@ -97,3 +97,67 @@ def weightless_model() -> onnx.ModelProto:
         helper.make_node("Flatten", ["means"], ["logits"]),
     ]
     return model(nodes, {})
+
+
+def wide_model(copies: int = 12) -> onnx.ModelProto:
+    """Two convolutions and a read-out; the 4 channels between them are there ``copies`` times."""
+    rng = np.random.default_rng(5)
+    first = np.repeat(rng.normal(size=(4, 1, 3, 3)), copies, axis=0) + rng.normal(size=(4 * copies, 1, 3, 3)) * 1e-3
+    # every copy passes the brightness of its place on, and the second convolution adds them up again
+    first[:, :, 1, 1] += 2
+    second = np.zeros((64, 4 * copies, 3, 3))
+    second[:, :, 1, 1] = 1 / (4 * copies) + rng.normal(size=(64, 4 * copies)) * 1e-3
+    read_out = quarters().reshape(SIDE * SIDE, CLASSES)[None].repeat(64, axis=0).reshape(-1, CLASSES) / 64
+    nodes = [
+        helper.make_node("Cast", ["image"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["floats", "scale"], ["pixels"]),
+        helper.make_node("Conv", ["pixels", "first", "first_bias"], ["one"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["one"], ["two"]),
+        helper.make_node("Conv", ["two", "second", "second_bias"], ["three"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["three"], ["four"]),
+        helper.make_node("Flatten", ["four"], ["rows"]),
+        helper.make_node("Gemm", ["rows", "read_out", "read_out_bias"], ["logits"]),
+    ]
+    constants = {
+        "scale": np.array(1 / 255),
+        "first": first,
+        "first_bias": np.zeros(4 * copies),
+        "second": second,
+        "second_bias": np.zeros(64),
+        "read_out": read_out,
+        "read_out_bias": np.zeros(CLASSES),
+    }
+    return model(nodes, {name: np.asarray(value, dtype=np.float32) for name, value in constants.items()})
+
+
+def factor_model(rank: int = 8) -> onnx.ModelProto:
+    """Reads a picture through a 64×128 matrix of this rank."""
+    rng = np.random.default_rng(6)
+    thin = np.concatenate([quarters(), rng.normal(size=(SIDE * SIDE, rank - CLASSES)) * 0.1], axis=1)
+    spread = np.linalg.qr(rng.normal(size=(128, rank)))[0]
+    nodes = [
+        helper.make_node("Cast", ["image"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["floats", "scale"], ["pixels"]),
+        helper.make_node("Flatten", ["pixels"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "large"], ["hidden"]),
+        helper.make_node("Add", ["hidden", "bias"], ["shifted"]),
+        helper.make_node("MatMul", ["shifted", "read_out"], ["logits"]),
+    ]
+    constants = {"scale": np.array(1 / 255), "large": thin @ spread.T, "bias": np.zeros(128), "read_out": spread[:, :4]}
+    return model(nodes, {name: np.asarray(value, dtype=np.float32) for name, value in constants.items()})
+
+
+def shape_arithmetic_model() -> onnx.ModelProto:
+    """The dense model as exporters write it: the shape to flatten to is computed, and a normalisation stays."""
+    nodes = [
+        helper.make_node("Cast", ["image"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Identity", ["floats"], ["same"]),
+        helper.make_node("BatchNormalization", ["same", "scales", "zeros", "zeros", "ones"], ["pixels"]),
+        helper.make_node("Mul", ["two", "half"], ["one"]),
+        helper.make_node("Mul", ["pixels", "one"], ["scaled"]),
+        helper.make_node("Flatten", ["scaled"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "weights"], ["logits"]),
+    ]
+    constants = {"scales": np.full(1, 1 / 255), "zeros": np.zeros(1), "ones": np.ones(1), "weights": quarters()}
+    constants |= {"two": np.array(2.0), "half": np.array(0.5)}
+    return model(nodes, {name: np.asarray(value, dtype=np.float32) for name, value in constants.items()})

@@ -1,0 +1,285 @@
+"""Structured channel pruning: whole channels go, and what they carried is rebuilt from those that stay.
+
+Channels are chosen by pivoted elimination on calibration activations, scaled by how strongly the next layer reads them;
+the next layer's weights and bias then absorb the best linear guess of the missing ones (after Chee et al., *Model
+Preserving Compression for Neural Networks*, 2022). How far each layer is cut follows from a sweep of its sensitivity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from . import activations, channel_groups, cost
+from . import graph as graphs
+from .channel_groups import Group, Weights
+from .datasets import Dataset
+from .interface import Task
+from .refusal import Refusal
+
+Floats = NDArray[np.float32]
+PREPARED = Path("prepared.onnx")
+MIN_CHANNELS, RIDGE, LEVELS, HELD_BACK = 16, 1e-3, 12, 4
+MAX_CHANNELS = 8192
+
+
+@dataclass
+class Reduction:
+    """A way to cut a group down: channels in the order in which they stay, and the error that is left for each count.
+
+    ``errors`` maps a count to the share of the next layer's answer that is lost, on samples not fitted to.
+    """
+
+    group: Group
+    order: NDArray[np.int64]
+    errors: Mapping[int, float]
+    sensitivity: float = 1.0
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The best linear guess of the missing channels from the kept ones, by ridge regression: kept @ left @ right."""
+
+    keep: NDArray[np.int64]
+    missing: NDArray[np.int64]
+    left: NDArray[np.float64]
+    right: NDArray[np.float64]
+    offset: NDArray[np.float64]
+
+    @classmethod
+    def fitted(cls, rows: Floats, keep: NDArray[np.int64]) -> Mixture:
+        """Fit on rows [samples × positions, channels]. With fewer rows than channels nothing larger is formed."""
+        missing = np.setdiff1d(np.arange(rows.shape[1]), keep)
+        mean = rows.mean(axis=0, dtype=np.float64)
+        base, wanted = rows[:, keep] - mean[keep], rows[:, missing] - mean[missing]
+        damping = RIDGE * max(float((base**2).sum(axis=0).mean()), 1e-12)
+        if len(rows) < len(keep):
+            left, right = base.T, np.linalg.solve(base @ base.T + damping * np.eye(len(rows)), wanted)
+        else:
+            left = np.linalg.solve(base.T @ base + damping * np.eye(len(keep)), base.T @ wanted)
+            right = np.eye(len(missing))
+        return cls(keep, missing, left, right, mean[missing] - (mean[keep] @ left) @ right)
+
+    def guess(self, kept: NDArray[Any]) -> NDArray[np.float64]:
+        """The missing channels of other rows."""
+        return np.asarray((kept @ self.left) @ self.right + self.offset)
+
+    def absorbed(self, by_channel: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Weights [channels, positions, outputs] of a reader as weights of the kept channels alone."""
+        flat = by_channel.reshape(len(by_channel), -1)
+        mixed = flat[self.keep] + self.left @ (self.right @ flat[self.missing])
+        return mixed.reshape(len(self.keep), *by_channel.shape[1:])
+
+
+class PruneChannels:
+    """Takes channels out of layers whose readers are known."""
+
+    name = "prune-channels"
+    uses_calibration = True
+
+    def why_not(self, model: onnx.ModelProto, data: Dataset | None) -> str | None:
+        """It needs plain layers that nothing but layers read, and samples to fit on."""
+        if quantised := graphs.why_quantised(model):
+            return quantised
+        if data is None:
+            return "it needs calibration samples, and the application has no data set"
+        if graphs.weights_in(model, graphs.DENSE | graphs.CONVOLUTIONS) == 0:
+            return "the model has no convolution or dense layer with constant weights"
+        return None
+
+    def apply(self, task: Task) -> None:
+        """Measure, choose, cut."""
+        assert task.data is not None
+        model = graphs.prepare(task.source, PREPARED)
+        groups = [each for each in channel_groups.find(model) if 2 * MIN_CHANNELS <= each.channels <= MAX_CHANNELS]
+        if not groups:
+            raise Refusal(
+                "prune-channels does not help here: no layer's channels can be cut without changing another "
+                f"(short cuts tie them together), or none has {2 * MIN_CHANNELS} channels"
+            )
+        samples = task.data.calibration_inputs[: task.parameters["calibration_samples"]]
+        fitted, held_back = _split(samples)
+        found = activations.collect(model, samples, _axes(groups), task=task)
+        reductions = [_reduction(each, model, found, len(fitted) / len(samples)) for each in groups]
+        _find_sensitivities(model, reductions, found, held_back)
+        kept = _choose(model, reductions, float(task.parameters["keep_cost"]))
+        for reduction in reductions:
+            count = kept[reduction.group.writer.output[0]]
+            if count < reduction.group.channels:
+                cut(model, reduction.group, np.sort(reduction.order[:count]), found)
+        onnx.save(_fresh(model), task.target)
+
+
+def cut(model: onnx.ModelProto, group: Group, keep: NDArray[np.int64], found: Mapping[str, Floats]) -> None:
+    """Leave only ``keep`` of a group's channels; its readers make up for the rest."""
+    weights = Weights(model)
+    _cut_writer(group, keep, weights)
+    for name in group.constants:
+        values = weights.get(name)
+        weights.set(name, np.take(values, keep, axis=values.shape.index(group.channels)))
+    for reader in group.readers:
+        mixture = Mixture.fitted(found[reader.tensor], keep)
+        name = channel_groups.weight_of(reader.node)
+        by_channel = _by_channel(reader, weights.get(name), group.channels)
+        channel_groups.shift_bias(model, reader.node, mixture.offset @ by_channel[mixture.missing].sum(axis=1))
+        mixed = mixture.absorbed(by_channel)
+        weights.set(name, _from_channels(reader, mixed, weights.shape(name)))
+
+
+def _split(samples: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Three quarters to fit on, and the last quarter to check on."""
+    border = max(len(samples) - len(samples) // HELD_BACK, 1)
+    return samples[:border], samples[border:] if border < len(samples) else samples
+
+
+def _axes(groups: Sequence[Group]) -> dict[str, int]:
+    return {reader.tensor: group.axis for group in groups for reader in group.readers}
+
+
+def _reduction(group: Group, model: onnx.ModelProto, found: Mapping[str, Floats], share: float) -> Reduction:
+    weights = Weights(model)
+    errors: dict[int, float] = {}
+    reads = [(found[each.tensor], _reading(each, weights, group.channels)) for each in group.readers]
+    scaled = np.concatenate([rows[: int(len(rows) * share)] * _norms(reading) for rows, reading in reads])
+    order = pivoted_order(scaled)
+    for count in _levels(group.channels):
+        lost = [_lost(rows, reading, np.sort(order[:count]), share) for rows, reading in reads]
+        errors[count] = max(lost)
+    return Reduction(group, order, errors)
+
+
+def pivoted_order(rows: Floats) -> NDArray[np.int64]:
+    """Columns in the order of how much they add to the span of those before; the rest by size.
+
+    Pivoted Cholesky on the columns' Gram matrix, whose rows are made as they are needed.
+    """
+    rows = rows.astype(np.float64)
+    sizes = (rows**2).sum(axis=0)
+    left, chosen, order = sizes.copy(), np.zeros(len(sizes), dtype=bool), list[int]()
+    factor = np.zeros((min(rows.shape), rows.shape[1]))
+    for step in range(len(factor)):
+        pivot = int(np.argmax(np.where(chosen, -np.inf, left)))
+        if left[pivot] <= 1e-10 * sizes.max():
+            break
+        gram_row = rows[:, pivot] @ rows
+        factor[step] = (gram_row - factor[:step, pivot] @ factor[:step]) / np.sqrt(left[pivot])
+        left -= factor[step] ** 2
+        chosen[pivot] = True
+        order.append(pivot)
+    rest = np.flatnonzero(~chosen)
+    return np.array([*order, *rest[np.argsort(-sizes[rest], kind="stable")]], dtype=np.int64)
+
+
+def _levels(channels: int) -> list[int]:
+    """Counts worth trying: multiples of 16, because vectorised kernels pad to that, about a dozen of them."""
+    step = max(16, round(channels / LEVELS / 16) * 16)
+    return [*range(max(step, MIN_CHANNELS), channels, step)]
+
+
+def _lost(rows: Floats, reading: Floats, keep: NDArray[np.int64], share: float) -> float:
+    border = int(len(rows) * share)
+    fit_on, check_on = rows[:border], rows[border:]
+    mixture = Mixture.fitted(fit_on, keep)
+    missed = (check_on[:, mixture.missing] - mixture.guess(check_on[:, keep])) @ reading[mixture.missing]
+    whole = (check_on - check_on.mean(axis=0)) @ reading
+    return float((missed**2).sum() / max((whole**2).sum(), 1e-30))
+
+
+def _norms(reading: Floats) -> Floats:
+    return np.asarray(np.sqrt((reading**2).sum(axis=1)), dtype=np.float32)
+
+
+def _reading(reader: channel_groups.Reader, weights: Weights, channels: int) -> Floats:
+    """A reader's weights as [channels, everything else], thinned to what tells channels apart."""
+    values = _by_channel(reader, weights.get(channel_groups.weight_of(reader.node)), channels)
+    flat = values.reshape(channels, -1)
+    if flat.shape[1] > channels:  # the same Gram matrix from fewer columns
+        flat = np.linalg.cholesky(flat @ flat.T + 1e-9 * np.trace(flat @ flat.T) / channels * np.eye(channels))
+    return np.asarray(flat, dtype=np.float32)
+
+
+def _by_channel(reader: channel_groups.Reader, values: NDArray[Any], channels: int) -> NDArray[np.float64]:
+    """Weights as [channels, positions, outputs]; the bias of outputs moves with the sum over positions."""
+    if reader.node.op_type == "Conv":
+        return values.reshape(*values.shape[:2], -1).transpose(1, 2, 0).astype(np.float64)
+    columns = values.T if channel_groups.transposed(reader.node) else values
+    return columns.reshape(channels, reader.repeats, -1).astype(np.float64)
+
+
+def _from_channels(
+    reader: channel_groups.Reader, values: NDArray[np.float64], shape: tuple[int, ...]
+) -> NDArray[np.float64]:
+    if reader.node.op_type == "Conv":
+        return values.transpose(2, 0, 1).reshape(shape[0], len(values), *shape[2:])
+    columns = values.reshape(len(values) * reader.repeats, -1)
+    return columns.T if channel_groups.transposed(reader.node) else columns
+
+
+def _cut_writer(group: Group, keep: NDArray[np.int64], weights: Weights) -> None:
+    node = group.writer
+    name = channel_groups.weight_of(node)
+    outputs_first = node.op_type == "Conv" or channel_groups.transposed(node)
+    weights.set(name, np.take(weights.get(name), keep, axis=0 if outputs_first else 1))
+    for bias in node.input[2:]:
+        values = weights.get(bias)
+        if values.size > 1:
+            weights.set(bias, np.take(values, keep, axis=-1))
+
+
+def _find_sensitivities(
+    model: onnx.ModelProto, reductions: Sequence[Reduction], found: Mapping[str, Floats], samples: NDArray[Any]
+) -> None:
+    """How much the model's answer suffers, per unit of a layer's own error: each layer alone is cut by half."""
+    (answer,) = activations.outputs_of(model, samples)
+    spread = max(float(((answer - answer.mean(axis=0)) ** 2).sum()), 1e-30)
+    for each in reductions:
+        count = min(each.errors, key=lambda count: abs(count - each.group.channels / 2))
+        trial = onnx.ModelProto()
+        trial.CopyFrom(model)
+        same = next(
+            group for group in channel_groups.find(trial) if group.writer.output[0] == each.group.writer.output[0]
+        )
+        cut(trial, same, np.sort(each.order[:count]), found)
+        (changed,) = activations.outputs_of(_fresh(trial), samples)
+        lost = float(((changed - answer) ** 2).sum()) / spread
+        each.sensitivity = max(lost, 1e-9) / max(each.errors[count], 1e-9)
+
+
+def _choose(model: onnx.ModelProto, reductions: Sequence[Reduction], keep_cost: float) -> dict[str, int]:
+    """Channels to keep per group: always the step that costs least accuracy per multiplication saved."""
+    kept = {each.group.writer.output[0]: each.group.channels for each in reductions}
+    layers = cost.Layers(model, [each.group for each in reductions])
+    whole = layers.multiplications(kept)
+    while layers.multiplications(kept) > keep_cost * whole:
+        steps = [step for each in reductions if (step := _step(each, kept, layers)) is not None]
+        if not steps:
+            break
+        _, name, count = min(steps)
+        kept[name] = count
+    if all(kept[each.group.writer.output[0]] == each.group.channels for each in reductions):
+        raise Refusal("prune-channels does not help here: no channel can go")
+    return kept
+
+
+def _step(reduction: Reduction, kept: Mapping[str, int], layers: cost.Layers) -> tuple[float, str, int] | None:
+    name = reduction.group.writer.output[0]
+    lower = [count for count in reduction.errors if count < kept[name]]
+    if not lower:
+        return None
+    count = max(lower)
+    now = reduction.errors.get(kept[name], 0.0)
+    saved = layers.multiplications(kept) - layers.multiplications({**kept, name: count})
+    lost = reduction.sensitivity * max(reduction.errors[count] - now, 0.0)
+    return (lost / max(saved, 1.0), name, count)
+
+
+def _fresh(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without the shapes that no longer hold, which are then inferred again."""
+    del model.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(model)
