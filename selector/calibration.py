@@ -26,14 +26,13 @@ from selector.effects import (
     DRIFT_VARIANCE,
     KINDS,
     OVERALL,
-    PRIOR_VARIANCE,
     QUANTITIES,
     SCOPES,
     SERVICE,
     TAIL,
-    VARIANT,
     EffectTable,
     names_of,
+    prior_variance,
 )
 from selector.errors import InvalidInput
 from selector.interactions import Context, Interaction
@@ -62,12 +61,10 @@ _Part = tuple[Row, str, str, int, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """Log multipliers, mean and variance of shape (quantities, actions) in the order of ``QUANTITIES``, and the share
-    of the device x variant uncertainty of service time that is left, shape (actions,)."""
+    """Log multipliers, shape (quantities, actions) in the order of ``QUANTITIES``."""
 
     mean: Floats
     variance: Floats
-    unknown: Floats
 
 
 def scopes_of(context: Context) -> tuple[str, str, str]:
@@ -120,9 +117,8 @@ class Calibration:
         flat = chain.from_iterable(chain.from_iterable(found))
         shape = (len(SCOPES), len(QUANTITIES), count, 2)
         known = np.fromiter(flat, np.float64, math.prod(shape)).reshape(shape)
-        left = known[-1, 0, :, 1] / effects.device_prior
         total = known.sum(axis=0)[:, effects.index].sum(axis=1)
-        return Correction(total[..., 0], total[..., 1], left[effects.index[KINDS.index(VARIANT)]])
+        return Correction(total[..., 0], total[..., 1])
 
     def update(self, interaction: Interaction) -> set[str]:
         """Learn from one closed lease; returns the scopes that changed.
@@ -210,7 +206,7 @@ class Calibration:
         for level, row in enumerate(rows):
             effects = row.setdefault(quantity, {})
             for kind, name in zip(KINDS, names, strict=True):
-                prior = PRIOR_VARIANCE[quantity, kind][level]
+                prior = prior_variance(quantity, kind, name)[level]
                 mean, variance = effects.get(name, (0.0, prior))
                 wandered = variance + DRIFT_VARIANCE[kind][level]
                 parts.append((effects, kind, name, level, mean, max(min(wandered, prior), variance)))

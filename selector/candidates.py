@@ -33,6 +33,7 @@ class Candidates(Sequence[Candidate]):
         table: ActionTable,
         predicted: Predicted,
         qoe: Floats,
+        bonus: Floats,
         *,
         hard: Reasons,
         soft: Reasons,
@@ -57,6 +58,7 @@ class Candidates(Sequence[Candidate]):
                 predicted.raw_a_ms,
                 predicted.raw_b_ms,
                 predicted.raw_cpu_ms,
+                bonus,
             )
         ).round(6)
 
@@ -77,6 +79,11 @@ class Candidates(Sequence[Candidate]):
     def qoe(self) -> Floats:
         """Predicted QoE, shape (actions,)."""
         return np.asarray(self._numbers[5])
+
+    @property
+    def value(self) -> Floats:
+        """Predicted QoE with the bonus, shape (actions,): what choosing goes by."""
+        return np.asarray(self._numbers[5] + self._numbers[-1])
 
     def __len__(self) -> int:
         return len(self._table.actions)
@@ -101,7 +108,7 @@ class Candidates(Sequence[Candidate]):
         made = []
         for place in places:
             parts: list[Any] = self._numbers[:, place].tolist()
-            parts.append(source[place])
+            parts.insert(-1, source[place])
             made.append(
                 Candidate(
                     table[place],

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from selector.actions import ActionTable
 from selector.interactions import Action
 
-Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 SERVICE, TAIL, CPU = QUANTITIES = ("service", "tail", "cpu")
@@ -30,12 +29,12 @@ OVERALL, PRECISION, VARIANT, BATCH, CALLERS, THREADS = KINDS = (
     "threads",
 )
 # Standard deviations before anything is known, by quantity and kind: of the fleet's, the class's and the device's
-# effect.
+# effect, against a profile measured on the device's class.
 PRIOR_SD: dict[str, dict[str, tuple[float, float, float]]] = {
     SERVICE: {
-        OVERALL: (0.12, 0.20, 0.30),
-        PRECISION: (0.10, 0.15, 0.12),
-        VARIANT: (0.10, 0.10, 0.12),
+        OVERALL: (0.15, 0.30, 0.40),
+        PRECISION: (0.08, 0.12, 0.08),
+        VARIANT: (0.08, 0.20, 0.16),
         BATCH: (0.06, 0.05, 0.05),
         CALLERS: (0.06, 0.05, 0.05),
         THREADS: (0.06, 0.05, 0.05),
@@ -49,14 +48,17 @@ PRIOR_SD: dict[str, dict[str, tuple[float, float, float]]] = {
         THREADS: (0.04, 0.03, 0.04),
     },
     CPU: {
-        OVERALL: (0.20, 0.20, 0.20),
-        PRECISION: (0.10, 0.10, 0.08),
-        VARIANT: (0.10, 0.10, 0.10),
+        OVERALL: (0.20, 0.25, 0.30),
+        PRECISION: (0.08, 0.12, 0.08),
+        VARIANT: (0.10, 0.20, 0.16),
         BATCH: (0.06, 0.05, 0.05),
         CALLERS: (0.06, 0.05, 0.05),
         THREADS: (0.06, 0.05, 0.05),
     },
 }
+# How much more or less a profile of another family may be wrong; it matters to what depends on the profile.
+FAMILY_SCALE = {"own": 0.6, "scaled": 1.0, "class": 1.0, "server": 1.4, "size": 2.5}
+_FAMILIAR = (OVERALL, PRECISION, VARIANT)
 # How far an effect may wander from one of its leases to the next.
 DRIFT_SD: dict[str, tuple[float, float, float]] = {
     OVERALL: (0.005, 0.01, 0.03),
@@ -66,11 +68,16 @@ DRIFT_SD: dict[str, tuple[float, float, float]] = {
     CALLERS: (0.002, 0.005, 0.01),
     THREADS: (0.002, 0.005, 0.01),
 }
-PRIOR_VARIANCE = {
-    (quantity, kind): tuple(sd**2 for sd in sds) for quantity, kinds in PRIOR_SD.items() for kind, sds in kinds.items()
-}
-
 DRIFT_VARIANCE = {kind: tuple(sd**2 for sd in sds) for kind, sds in DRIFT_SD.items()}
+
+
+@lru_cache(maxsize=65536)
+def prior_variance(quantity: str, kind: str, name: str) -> tuple[float, float, float]:
+    """Variance of the effect of this name before anything is known: of the fleet's, the class's, the device's."""
+    is_familiar = kind in _FAMILIAR and quantity != TAIL
+    scale = FAMILY_SCALE.get(name.split(":", 2)[1], 1.0) if is_familiar else 1.0
+    fleet, group, device = PRIOR_SD[quantity][kind]
+    return (fleet * scale) ** 2, (group * scale) ** 2, (device * scale) ** 2
 
 
 def names_of(source: str, action: Action) -> tuple[str, ...]:
@@ -80,7 +87,7 @@ def names_of(source: str, action: Action) -> tuple[str, ...]:
     >>> names_of("device", Action(Variant("ab" * 32, "v", 1, 0.9, "int8"), Configuration(4, 2, 1)))
     ('overall:own', 'precision:own:int8', 'variant:own:abababababab', 'batch:4', 'callers:2', 'threads:1')
     """
-    family = "own" if source.startswith("device") else source
+    family = {"device": "own", "device_scaled": "scaled"}.get(source, source)
     bounds = action.configuration
     return (
         f"{OVERALL}:{family}",
@@ -97,13 +104,12 @@ class EffectTable:
     """The effects of all actions of a table.
 
     ``names`` once each; ``index`` (kinds, actions) says which each action has; ``defaults`` holds, for each scope and
-    quantity, ``(0, prior variance)`` per name; ``device_variant_prior`` (names,) the device's prior of service time.
+    quantity, ``(0, prior variance)`` per name.
     """
 
     names: tuple[str, ...]
     index: Indices
     defaults: tuple[tuple[tuple[tuple[float, float], ...], ...], ...]
-    device_prior: Floats
 
 
 @lru_cache(maxsize=256)
@@ -113,11 +119,13 @@ def _effect_table(keys: tuple[tuple[str, ...], ...]) -> EffectTable:
     index = np.array([[position[name] for name in kind] for kind in zip(*keys, strict=True)], dtype=np.intp)
     kinds = [name.split(":", 1)[0] for name in names]
     defaults = tuple(
-        tuple(tuple((0.0, PRIOR_VARIANCE[quantity, kind][level]) for kind in kinds) for quantity in QUANTITIES)
+        tuple(
+            tuple((0.0, prior_variance(quantity, kind, name)[level]) for kind, name in zip(kinds, names, strict=True))
+            for quantity in QUANTITIES
+        )
         for level in range(len(SCOPES))
     )
-    device_prior = np.array([PRIOR_VARIANCE[SERVICE, kind][-1] for kind in kinds], dtype=np.float64)
-    return EffectTable(names, index, defaults, device_prior)
+    return EffectTable(names, index, defaults)
 
 
 _MOST_KEPT = 64

@@ -99,7 +99,8 @@ class Prediction:
     ``service_ms`` is the wall time of one executed batch of the expected size ``batch``. The ``raw_`` values
     are what was expected before calibration, so that the calibration learns the same whichever revision
     predicted; ``source`` says whose profile they come from (``device``, ``device_scaled``, ``class``,
-    ``server``, ``size``).
+    ``server``, ``size``). ``bonus`` is what finding out may be worth, less what the risk of missing the SLO
+    costs: added to ``qoe`` when choosing, never when learning.
     """
 
     p50_ms: float
@@ -115,6 +116,7 @@ class Prediction:
     raw_b_ms: float = 0.0
     raw_cpu_ms: float = 0.0
     source: str = ""
+    bonus: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

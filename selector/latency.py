@@ -25,11 +25,16 @@ Floats = NDArray[np.float64]
 OVERSUBSCRIPTION_LOSS = 0.4
 LARGEST_SENSITIVITY = 5.0
 NOISE_SD = 0.08
+# Three-point Gauss-Hermite quadrature: how far the outer points lie from the mean, and what each weighs.
+HOPEFUL_SD, HOPEFUL_WEIGHT = math.sqrt(3.0), 1.0 / 6.0
 
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """Predictions as columns of shape (actions,), and ``source`` per action. All finite."""
+    """Predictions as columns of shape (actions,), and ``source`` per action. All finite.
+
+    The hopeful ones hold if the service time lies HOPEFUL_SD standard deviations below what is expected.
+    """
 
     p50_ms: Floats
     p95_ms: Floats
@@ -37,6 +42,8 @@ class Predicted:
     cpu_ms_per_request: Floats
     slo_violation_probability: Floats
     slo_hit_share: Floats
+    hopeful_hit_share: Floats
+    hopeful_cpu_ms: Floats
     service_ms: Floats
     batch: Floats
     raw_a_ms: Floats
@@ -69,16 +76,22 @@ class LatencyModel:
         raw_cpu = (times.a_ms + times.b_ms / queue.batch) * np.minimum(table.threads, context.cores)
         p95_ms: Floats = np.maximum(queue.p95_ms * tail, queue.p50_ms * 1.02)
         steepness = 1.0 / np.maximum(1.0 - queue.utilisation, 1.0 / LARGEST_SENSITIVITY)
-        unsure = known.variance[0] + times.log_sd**2 * known.unknown
+        unsure = known.variance[0]
         log_sd: Floats = np.sqrt(steepness**2 * (unsure + NOISE_SD**2) + known.variance[1])
-        late, within = _shares(context.slo_p95_ms, queue.p50_ms, p95_ms, log_sd, steepness**2 * unsure)
+        hope = HOPEFUL_SD * np.sqrt(unsure)
+        late, within, hopeful = _shares(
+            context.slo_p95_ms, queue.p50_ms, p95_ms, log_sd, variance=steepness**2 * unsure, hope=steepness * hope
+        )
+        cpu_ms = raw_cpu * cpu
         return Predicted(
             p50_ms=queue.p50_ms,
             p95_ms=p95_ms,
             log_sd=log_sd,
-            cpu_ms_per_request=raw_cpu * cpu,
+            cpu_ms_per_request=cpu_ms,
             slo_violation_probability=late,
             slo_hit_share=within,
+            hopeful_hit_share=hopeful,
+            hopeful_cpu_ms=cpu_ms * np.exp(-hope),
             service_ms=queue.service_ms,
             batch=queue.batch,
             raw_a_ms=raw_a,
@@ -89,13 +102,18 @@ class LatencyModel:
         )
 
 
-def _shares(limit_ms: float, p50_ms: Floats, p95_ms: Floats, log_sd: Floats, variance: Floats) -> tuple[Floats, Floats]:
-    """Probability that p95 misses the limit, and expected share of requests within it if latency is lognormal with
-    these percentiles, its level known up to ``variance``."""
+def _shares(
+    limit_ms: float, p50_ms: Floats, p95_ms: Floats, log_sd: Floats, *, variance: Floats, hope: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """Probability that p95 misses the limit; expected share of requests within it if latency is lognormal with these
+    percentiles, its level known up to ``variance``; and the share if the level is lower by ``hope``."""
     limit, logs = math.log(limit_ms), np.log((p50_ms, p95_ms))
     spread = np.maximum((logs[1] - logs[0]) / Z_95, SMALLEST_SPREAD)
-    late, within = normal_cdf(((logs[1] - limit) / log_sd, (limit - logs[0]) / np.sqrt(spread**2 + variance)))
-    return late, within
+    slack = limit - logs[0]
+    late, within, hopeful = normal_cdf(
+        ((logs[1] - limit) / log_sd, slack / np.sqrt(spread**2 + variance), (slack + hope) / spread)
+    )
+    return late, within, hopeful
 
 
 def _contention(context: Context, table: ActionTable, one_ms: Floats) -> Floats:

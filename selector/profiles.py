@@ -18,10 +18,6 @@ Floats = NDArray[np.float64]
 
 # Amdahl's law for one inference on several threads; ONNX Runtime on CPU, small and middling models.
 PARALLEL_SHARE = 0.85
-# Log standard deviation of a service time by where it comes from.
-SOURCE_SD = {"device": 0.05, "device_scaled": 0.25, "class": 0.25, "server": 0.6, "size": 0.9}
-SCALED_SD = 0.2
-RATIO_KNOWN_SD = 0.25
 # A model nobody measured: milliseconds for one request per megabyte, and a fixed part.
 MS_PER_MB, FIXED_MS = 4.0, 1.0
 _MOST_KEPT = 16
@@ -29,11 +25,10 @@ _MOST_KEPT = 16
 
 @dataclass(frozen=True, slots=True)
 class ServiceTime:
-    """Service time ``a_ms * n + b_ms`` of one variant with so many threads, its log uncertainty and its source."""
+    """Service time ``a_ms * n + b_ms`` of one variant with so many threads, and its source."""
 
     a_ms: float
     b_ms: float
-    log_sd: float
     source: str
 
 
@@ -43,7 +38,6 @@ class ServiceColumns:
 
     a_ms: Floats
     b_ms: Floats
-    log_sd: Floats
     memory_bytes: Floats
     source: tuple[str, ...]
     pair_source: tuple[str, ...]
@@ -70,7 +64,6 @@ class ProfileBook:
         made = ServiceColumns(
             a_ms=np.array([time.a_ms for time in times], dtype=np.float64)[table.pair],
             b_ms=np.array([time.b_ms for time in times], dtype=np.float64)[table.pair],
-            log_sd=np.array([time.log_sd for time in times], dtype=np.float64)[table.pair],
             memory_bytes=memory[table.variant],
             source=tuple(times[index].source for index in table.pair.tolist()),
             pair_source=tuple(time.source for time in times),
@@ -95,26 +88,25 @@ class ProfileBook:
         own = self._known["device"].get(variant.digest)
         if own:
             source = "device" if threads in own else "device_scaled"
-            return ServiceTime(*_scaled(own, threads, cores), SOURCE_SD[source], source)
+            return ServiceTime(*_scaled(own, threads, cores), source)
         for source in ("class", "server"):
             known = self._known[source].get(variant.digest)
             if known:
-                factor, common = self._ratio[source]
+                factor = self._ratio[source]
                 a_ms, b_ms = _scaled(known, threads, cores)
-                log_sd = _borrowed_sd(source, common > 0, threads not in known)
-                return ServiceTime(a_ms * factor, b_ms * factor, log_sd, source)
+                return ServiceTime(a_ms * factor, b_ms * factor, source)
         one_ms = _guessed_ms(variant, threads, cores) * guess
-        return ServiceTime(0.8 * one_ms, 0.2 * one_ms, SOURCE_SD["size"], "size")
+        return ServiceTime(0.8 * one_ms, 0.2 * one_ms, "size")
 
-    def _speed_ratio(self, source: str) -> tuple[float, int]:
-        """Device time over ``source`` time, geometric mean over what both measured, and over how many."""
+    def _speed_ratio(self, source: str) -> float:
+        """Device time over ``source`` time, geometric mean over what both measured; 1 if nothing."""
         logs = [
             math.log(_one_ms(own) / _one_ms(other))
             for digest, by_threads in self._known["device"].items()
             for threads, own in by_threads.items()
             if (other := self._known[source].get(digest, {}).get(threads)) is not None
         ]
-        return (math.exp(sum(logs) / len(logs)), len(logs)) if logs else (1.0, 0)
+        return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
     def _size_ratio(self, variants: Sequence[Variant], cores: int) -> float:
         """Measured time over the guess from the size, over the variants that anybody measured; 1 if none."""
@@ -123,7 +115,7 @@ class ProfileBook:
             for source in ("device", "class", "server"):
                 known = self._known[source].get(variant.digest)
                 if known:
-                    scale = self._ratio[source][0] if source != "device" else 1.0
+                    scale = self._ratio[source] if source != "device" else 1.0
                     logs += [
                         math.log(scale * _one_ms(profile) / _guessed_ms(variant, threads, cores))
                         for threads, profile in known.items()
@@ -165,8 +157,3 @@ def _scaled(known: dict[int, Profile], threads: int, cores: int) -> tuple[float,
     nearest = min(known, key=lambda each: (abs(math.log(each / threads)), each))
     scale = speedup(nearest, cores) / speedup(threads, cores)
     return known[nearest].a_ms * scale, known[nearest].b_ms * scale
-
-
-def _borrowed_sd(source: str, is_ratio_known: bool, is_scaled: bool) -> float:
-    log_sd = min(SOURCE_SD[source], RATIO_KNOWN_SD) if is_ratio_known else SOURCE_SD[source]
-    return math.hypot(log_sd, SCALED_SD) if is_scaled else log_sd

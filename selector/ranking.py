@@ -22,7 +22,7 @@ from selector.feasibility import (
     slo_violation_is_likely,
 )
 from selector.interactions import Action, Context, Profile, Ranking
-from selector.latency import LatencyModel, Predicted
+from selector.latency import HOPEFUL_WEIGHT, LatencyModel, Predicted
 from selector.policy import Policy, checked, sample, seed_of, uniform_of
 from selector.reward import QoeFormula
 from selector.validation import check_context, name, number
@@ -50,6 +50,8 @@ class Exploration:
     ``shortlist_size`` is what the policy sees; actions whose probability of missing the SLO is above
     ``slo_violation_limit`` stay off the shortlist while others are left. ``budget`` is the share of the baseline's mean
     QoE that may be lost to finding something better, per device and fleet (``budget.py``); 1 sets no bound.
+    ``horizon`` is for how many decisions what is found out will serve; 0 chooses by expectation alone.
+    ``risk_aversion`` is the QoE that one is ready to pay for not missing the SLO, beyond what the formula charges.
     """
 
     epsilon: float = 0.02
@@ -57,6 +59,8 @@ class Exploration:
     shortlist_size: int = 8
     slo_violation_limit: float = 0.5
     budget: float = 1.0
+    horizon: float = 10.0
+    risk_aversion: float = 0.1
 
     def __post_init__(self) -> None:
         """Raise InvalidInput naming the field that makes no sense. Some uniform exploration must remain."""
@@ -64,6 +68,8 @@ class Exploration:
         number("holdout", self.holdout, 0, 1)
         number("slo_violation_limit", self.slo_violation_limit, 0, 1)
         number("budget", self.budget, 0, 1)
+        number("horizon", self.horizon, 0, 1e6)
+        number("risk_aversion", self.risk_aversion, 0, 1)
         if isinstance(self.shortlist_size, bool) or not isinstance(self.shortlist_size, int):
             raise InvalidInput("shortlist_size", "must be an integer")
         number("shortlist_size", self.shortlist_size, 1, 1000)
@@ -187,17 +193,18 @@ class _Scored:
     feasible: Mask
     soft: Mask
     uncovered: Mask
+    promising: Mask
 
     def shortlist(self, context: Context, size: int) -> list[int]:
         """Indices of the best by predicted QoE, ascending; incumbent and baseline always; soft-masked if
         all are."""
         eligible = self.feasible & ~self.uncovered
         if (eligible & ~self.soft).any():
-            eligible &= ~self.soft
+            eligible &= ~self.soft | self.promising
         position = self.table.position
         wanted = [position[key] for key in (context.incumbent, context.baseline) if key is not None and key in position]
         forced = [each for each in dict.fromkeys(wanted) if self.feasible[each] and not self.uncovered[each]]
-        order = np.argsort(np.where(eligible, -self.candidates.qoe, np.inf), kind="stable")[: int(eligible.sum())]
+        order = np.argsort(np.where(eligible, -self.candidates.value, np.inf), kind="stable")[: int(eligible.sum())]
         best = [index for index in order[:size].tolist() if index not in forced]
         return sorted(forced + best[: max(size - len(forced), 0)])
 
@@ -229,4 +236,22 @@ def _score(
     reasons = dict.fromkeys(soft.nonzero()[0].tolist(), (SLO_VIOLATION_LIKELY,))
     for index in short.nonzero()[0].tolist():
         reasons[index] = (*reasons.get(index, ()), EXPLORATION_BUDGET)
-    return _Scored(table, Candidates(table, predicted, qoe, hard=hard, soft=reasons), feasible, soft, short)
+    surest = feasible & ~soft if (feasible & ~soft).any() else feasible
+    best = float(qoe[surest].max())
+    found_out = exploration.horizon * worth_finding_out(table, predicted, formula, qoe, best)
+    bonus = found_out - exploration.risk_aversion * predicted.slo_violation_probability
+    candidates = Candidates(table, predicted, qoe, bonus, hard=hard, soft=reasons)
+    return _Scored(table, candidates, feasible, soft, short, qoe + found_out > best)
+
+
+def worth_finding_out(
+    table: ActionTable, predicted: Predicted, formula: QoeFormula, qoe: Floats, best: float
+) -> Floats:
+    """Expected gain per decision over the ``best`` known QoE from knowing an action's speed, shape (actions,).
+
+    Expected improvement (Mockus, 1978) by three-point quadrature over the uncertain service time, of which only the
+    fast point can gain. An action that is sure, or hopeless, is worth nothing.
+    """
+    hopeful = formula.predicted(table.accuracy, predicted.hopeful_hit_share, predicted.hopeful_cpu_ms, 0.0)
+    gain: Floats = HOPEFUL_WEIGHT * np.maximum(hopeful - np.maximum(best, qoe), 0.0)
+    return gain

@@ -44,7 +44,8 @@ MAGIC = b"edge-qoe vw 1\n"
 FEATURE_SCHEMA = 1
 PROBE_TOLERANCE = 1e-5
 LARGEST_FEATURE = 10.0
-_WARM_STEPS = 300
+# Warm examples count a hundredfold each: the weight of the prediction ends at -1 whatever the learning rate.
+_WARM_STEPS, _WARM_SHARE = 300, 0.01
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]")
 
 
@@ -56,8 +57,8 @@ class VwSettings:
     floor.
     """
 
-    learning_rate: float = 0.05
-    gamma: float = 2000.0
+    learning_rate: float = 0.02
+    gamma: float = 30000.0
     epsilon: float = 0.01
     l2: float = 0.0
     bits: int = 18
@@ -136,7 +137,7 @@ class VowpalWabbitPolicy:
         self._workspace: Any = vowpalwabbit.Workspace(self._settings.arguments)
         for step in range(_WARM_STEPS):
             qoe = ((step * 61) % 101) / 100.0
-            self._workspace.learn(f"shared |s warm\n0:{_fixed(-qoe)}:1 |p qoe:{_fixed(qoe)}")
+            self._workspace.learn(f"shared |s warm\n0:{_fixed(-qoe)}:{_WARM_SHARE} |p qoe:{_fixed(qoe)}")
 
     @property
     def settings(self) -> VwSettings:
@@ -156,7 +157,7 @@ class VowpalWabbitPolicy:
         """
         check_context(context)
         check_candidates(candidates)
-        lines = [_shared_line(context), *(_action_line(context, candidate) for candidate in candidates)]
+        lines = [_shared_line(context), *(_action_line(context, each, each.prediction.bonus) for each in candidates)]
         return _distribution(_asked(self._workspace, "\n".join(lines)), len(candidates))
 
     def learn(self, interaction: Interaction) -> None:
@@ -262,12 +263,12 @@ def _squashed(value: float) -> float:
     return squashed if value > 0 else -squashed
 
 
-def _action_line(context: Context, candidate: Candidate) -> str:
+def _action_line(context: Context, candidate: Candidate, bonus: float = 0.0) -> str:
     """Namespaces: p the prediction, w its parts (weights start at zero), a what the action is."""
     prediction = candidate.prediction
     late = math.log(max(prediction.p95_ms, 1e-3) / context.slo_p95_ms)
     return (
-        f"|p qoe:{min(max(prediction.qoe, 0.0), 1.0):.6f} |w hit:{prediction.slo_hit_share - 1.0:.6f}"
+        f"|p qoe:{min(max(prediction.qoe + bonus, -1.0), 1.0):.6f} |w hit:{prediction.slo_hit_share - 1.0:.6f}"
         f" late:{min(max(late, -3.0), 3.0) / 3.0:.6f} risk:{prediction.slo_violation_probability:.6f}"
         f" cpu:{_squashed(prediction.cpu_ms_per_request / 100.0):.6f}{_of_action(candidate.action)}"
     )

@@ -241,19 +241,21 @@ def test_damaged_rows_are_refused(rows: Mapping[str, Any]) -> None:
 
 def one_ms(some: tuple[Profile, ...], threads: int = 1) -> tuple[float, float, str]:
     time = ProfileBook(some).service_times([variant(0)], [(0, threads)], cores=4)[0]
-    return time.a_ms + time.b_ms, time.log_sd, time.source
+    unsure = LatencyModel(some).predict(context(arrival_rate_rps=0.1), action_table((action(0, threads=threads),)))
+    return time.a_ms + time.b_ms, float(unsure.log_sd[0]), time.source
 
 
 def test_unmeasured_pairs_borrow_from_the_nearest_measurement_and_are_less_sure() -> None:
     own, other = Profile(variant(0).digest, 1, 8.0, 2.0), Profile(variant(1).digest, 1, 4.0, 2.0)
     server = replace(own, a_ms=2.0, b_ms=0.5, source="server"), replace(other, a_ms=1.0, b_ms=0.5, source="server")
-    assert one_ms((own, *server)) == (10.0, 0.05, "device")
+    measured, sure, source = one_ms((own, *server))
+    assert (measured, source) == (10.0, "device")
     threaded, sd, source = one_ms((own, *server), threads=4)
-    assert (source, sd > 0.05, 2.5 < threaded < 10.0) == ("device_scaled", True, True)
+    assert (source, sd > sure, 2.5 < threaded < 10.0) == ("device_scaled", True, True)
     borrowed, sd, source = one_ms((other, *server))
     assert source == "server"
     assert borrowed == pytest.approx(2.5 * 4.0)
-    assert sd < one_ms(server)[1] < one_ms(())[1]
+    assert sure < sd < one_ms(())[1]
     assert one_ms(server)[0] == 2.5
     assert one_ms((replace(own, source="class"), *server))[2] == "class"
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from selector.baselines import FixedPolicy, PredictionPolicy, RandomPolicy
 from selector.errors import InvalidInput, NoFeasibleAction, PolicyFailure
-from selector.interactions import Candidate, Context
+from selector.interactions import Action, Candidate, Configuration, Context
 from selector.policy import sample, seed_of
 from selector.ranking import EXPLOIT, HOLDOUT_BEST_FIXED, HOLDOUT_UNIFORM, UNIFORM, Exploration, mixture
 from selector.vw import VowpalWabbitPolicy
@@ -114,9 +114,32 @@ def test_without_a_policy_the_draw_is_uniform_over_what_is_feasible() -> None:
     assert [each.probability for each in ranking.candidates] == pytest.approx([0.0] * 4 + [1 / 8] * 8)
 
 
+SURE = Exploration(shortlist_size=4, horizon=0.0, risk_aversion=0.0)
+
+
+def test_what_is_unsure_but_promising_is_shortlisted_too() -> None:
+    """A slow guess for a more accurate variant: nobody measured it, so it may be fast enough."""
+    accurate = replace(variant(0), accuracy=1.0, size_bytes=6_000_000)
+    actions = (Action(accurate, Configuration(1, 1, 1)), action(1), action(2))
+    situation = context(slo_p95_ms=12.0, arrival_rate_rps=1.0)
+    some = tuple(each for each in profiles() if each.digest != variant(0).digest)
+
+    def listed(exploration: Exploration) -> bool:
+        ranking = ranked(
+            policy=RandomPolicy(), context=situation, actions=actions, profiles=some, exploration=exploration
+        )
+        first = ranking.candidates[0]
+        assert "slo_violation_likely" in first.soft_masks
+        assert first.prediction.source == "size"
+        return first.shortlisted
+
+    assert not listed(SURE)
+    assert listed(replace(SURE, horizon=20.0))
+
+
 def test_the_shortlist_holds_the_best_predictions_and_always_incumbent_and_baseline() -> None:
     situation = context(incumbent=action(0, 4, 2).key, baseline=action(0, 1, 2).key)
-    ranking = ranked(policy=RandomPolicy(), context=situation, exploration=Exploration(shortlist_size=4))
+    ranking = ranked(policy=RandomPolicy(), context=situation, exploration=SURE)
     listed = {each.action.key for each in ranking.candidates if each.shortlisted}
     best = sorted(ranking.candidates, key=lambda each: -each.prediction.qoe)
     assert len(listed) == 4

@@ -20,7 +20,8 @@ NASTY = ["a|b", "x:1e9", "name with space", "line\nbreak", "é", "1", "|", ":", 
 
 
 def test_a_policy_that_never_learnt_follows_the_prediction_but_explores() -> None:
-    probabilities = VowpalWabbitPolicy().probabilities(context(), candidates(0.8, 0.79, 0.7, 0.2))
+    policy = VowpalWabbitPolicy(VwSettings(gamma=2000.0))
+    probabilities = policy.probabilities(context(), candidates(0.8, 0.79, 0.7, 0.2))
     assert probabilities.tolist() == sorted(probabilities.tolist(), reverse=True)
     assert probabilities[0] > 0.8
     assert probabilities[1] > probabilities[3] > 0.001
