@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
+import shutil
+import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from django.core.management import call_command
 
 from qoe_service.catalogue import sandbox
 from qoe_service.catalogue.sandbox import Cancelled, Limits, Refused, Sandbox
@@ -123,6 +128,63 @@ def test_progress_reaches_the_watcher(tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         run(tmp_path, "import time; open('progress', 'w').write('0.625'); time.sleep(60)", watch=watch)
     assert seen[-1] == 0.625
+
+
+def test_the_child_reaches_no_network_where_namespaces_allow(tmp_path: Path) -> None:
+    namespaces = ctypes.CDLL(None)
+    child = os.fork()
+    if child == 0:
+        os._exit(namespaces.unshare(0x10000000 | 0x40000000) != 0)
+    if os.waitpid(child, 0)[1] != 0:
+        pytest.skip("the kernel grants no namespaces here; doctor says so")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = (
+            "import socket\n"
+            f"try: socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 2)\n"
+            "except OSError as error: print(error)"
+        )
+        box = run(tmp_path, program)
+    assert "unreachable" in (box.folder / "stdout").read_text()
+
+
+def test_a_program_that_starts_others_can_gain_no_rights(tmp_path: Path) -> None:
+    box = run(tmp_path, "print(open('/proc/self/status').read(), open('/proc/self/oom_score_adj').read())")
+    status = (box.folder / "stdout").read_text()
+    assert "NoNewPrivs:\t1" in status
+    assert status.strip().endswith("1000")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
+def test_as_root_the_child_can_become_a_user_who_owns_its_folder_alone(tmp_path: Path) -> None:
+    python = "/usr/bin/python3"
+    if not os.access(python, os.X_OK):
+        pytest.skip("no Python that others may run")
+    launcher = shutil.copy(sandbox.LAUNCHER, tmp_path)
+    (tmp_path / "who.py").write_text("import os; print(os.getuid(), os.getgroups(), os.access('/etc/shadow', os.R_OK))")
+    for path in (tmp_path, *tmp_path.parents):
+        if path.stat().st_uid == 0 and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o055)
+    bounds = json.dumps({"limits": Limits().as_rlimits(), "uid": 61190})
+    said = subprocess.run(
+        [python, launcher, str(os.getpid()), bounds, str(tmp_path), "who"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split(maxsplit=1) == ["61190", "[] False\n"]
+
+
+def test_what_would_not_fit_is_refused_beforehand_with_the_estimate() -> None:
+    with pytest.raises(Refused, match=r"checking it would need about 528 MiB of memory \(4 times the model and 128"):
+        sandbox.check_memory(Limits(memory_bytes=256 * MIB), 100 * MIB, 4.0, what="checking it")
+    sandbox.check_memory(Limits(memory_bytes=1024 * MIB), 100 * MIB, 4.0, what="checking it")
+
+
+def test_doctor_says_which_limits_are_real_here() -> None:
+    out = io.StringIO()
+    call_command("doctor", stdout=out)
+    said = out.getvalue()
+    for limit in ("network", "own user", "memory", "CPU time", "file size", "open files", "core dumps", "credentials"):
+        assert f"{limit}: " in said, said
+    assert "CPU time: real" in said
+    assert "credentials: real" in said
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"text"'])
