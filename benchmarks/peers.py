@@ -150,7 +150,8 @@ class FlatVowpalWabbitPolicy(Stored):
     Namespaces: c the situation, d the device if ``with_device``, a what the variant is, f the configuration. Its state
     is its log: replaying it is the one way to the same learner whatever the version of Vowpal Wabbit. With
     ``learns_all_lines`` an example is the whole action set with its propensity, as hosted services learn; without,
-    the line of the action taken.
+    the line of the action taken. Numbers stand well away from 0, where Vowpal Wabbit's normalised steps would blow up
+    their weights.
     """
 
     kind = "flat_vowpal_wabbit"
@@ -214,7 +215,7 @@ class FlatVowpalWabbitPolicy(Stored):
         self._log.append(zlib.compress(example.encode(), 1))
 
     def _shared(self, context: Context) -> str:
-        rate, slo = np.log10(max(context.arrival_rate_rps, 1e-3)), np.log10(context.slo_p95_ms)
+        rate, slo = np.log10(max(context.arrival_rate_rps, 1e-3)) / 10 + 0.5, np.log10(context.slo_p95_ms) / 10 + 0.5
         parts = [f"shared |c k_{escaped(context.device_class)} u_{escaped(context.application)}"]
         parts.append(f" rate:{rate:.4f} slo:{slo:.4f} load:{context.cpu_load_share:.4f} cores:{context.cores / 8:.3f}")
         if context.incumbent:
@@ -236,9 +237,9 @@ class FlatVowpalWabbitPolicy(Stored):
         variant, bounds = action.variant, action.configuration
         line = (
             f"|a v_{escaped(variant.digest[:12])} p_{escaped(variant.precision)} accuracy:{variant.accuracy:.4f} "
-            f"size:{np.log10(max(variant.size_bytes, 1)) - 6:.4f} "
+            f"size:{np.log10(max(variant.size_bytes, 1)) / 10:.4f} "
             f"|f b_{bounds.max_batch} c_{bounds.max_concurrency} t_{bounds.threads} "
-            f"batch:{np.log2(bounds.max_batch) / 5:.4f} callers:{np.log2(bounds.max_concurrency) / 2:.4f}"
+            f"batch:{np.log2(bounds.max_batch) / 10 + 0.5:.4f} callers:{np.log2(bounds.max_concurrency) / 10 + 0.5:.4f}"
         )
         self._kept[id(action)] = action, line
         return line

@@ -1,4 +1,4 @@
-"""One contract that every policy keeps, Vowpal Wabbit's and the baselines alike."""
+"""One contract that every policy keeps: Vowpal Wabbit's, the baselines and the peers of the benchmark alike."""
 
 from __future__ import annotations
 
@@ -12,10 +12,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selector.baselines import BaselinePolicy, EpsilonGreedyPolicy, FixedPolicy, PredictionPolicy, RandomPolicy
+from benchmarks.peers import (
+    FLAT_SQUARECB,
+    HOSTED_DEFAULT,
+    BoostedResidualPolicy,
+    FlatVowpalWabbitPolicy,
+    NeuralResidualPolicy,
+)
+from selector.baselines import (
+    BaselinePolicy,
+    EpsilonGreedyPolicy,
+    FixedPerClassPolicy,
+    FixedPolicy,
+    PredictionPolicy,
+    RandomPolicy,
+)
 from selector.errors import CorruptPolicy, InvalidInput
 from selector.interactions import Interaction, Measurement
+from selector.linear import LinTsPolicy, LinUcbPolicy
 from selector.policy import Policy
+from selector.preferences import PreferencePolicy
+from selector.reward import QoeFormula
+from selector.tabular import ThompsonPolicy, Ucb1Policy
 from selector.vw import VowpalWabbitPolicy
 from tests.selector.builders import action, candidate, candidates, context, interaction, prediction
 
@@ -23,11 +41,28 @@ MAKERS: dict[str, Callable[[], Policy]] = {
     "vw": VowpalWabbitPolicy,
     "random": RandomPolicy,
     "fixed": lambda: FixedPolicy(action(1).key),
+    "fixed_per_class": lambda: FixedPerClassPolicy({"pi4": [action(1).key]}, [action(0).key]),
     "prediction": PredictionPolicy,
     "baseline": BaselinePolicy,
     "epsilon_greedy": EpsilonGreedyPolicy,
+    "ucb1": Ucb1Policy,
+    "thompson": ThompsonPolicy,
+    "linucb": LinUcbPolicy,
+    "linucb_with_prediction": lambda: LinUcbPolicy(0.05, with_prediction=True),
+    "lints": LinTsPolicy,
+    "lints_with_prediction": lambda: LinTsPolicy(0.02, with_prediction=True),
+    "preferences": lambda: PreferencePolicy({"digits": QoeFormula(slo_p95_ms=60.0)}),
+    "neural_residual": NeuralResidualPolicy,
+    "boosted_residual": BoostedResidualPolicy,
+    "flat_squarecb": lambda: FlatVowpalWabbitPolicy(FLAT_SQUARECB, learns_all_lines=False, with_device=True),
+    "hosted_default": lambda: FlatVowpalWabbitPolicy(HOSTED_DEFAULT),
 }
-LEARNERS = ("vw", "epsilon_greedy")
+# What learns which action is best from rewards alone, quickly enough for a test.
+LEARNERS = (
+    "vw", "epsilon_greedy", "ucb1", "thompson", "linucb", "linucb_with_prediction", "lints", "lints_with_prediction",
+    "neural_residual", "boosted_residual", "flat_squarecb",
+)  # fmt: skip
+UPDATED = ("preferences", "hosted_default", *LEARNERS)
 STORED = {name: maker() for name, maker in MAKERS.items()}
 STORED_BYTES = {name: policy.to_bytes() for name, policy in STORED.items()}
 
