@@ -148,7 +148,14 @@ def test_learners_learn(which: str) -> None:
     assert int(np.argmax(policy.probabilities(context(), some))) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("which", UPDATED)
+def test_what_was_learnt_is_in_the_bytes(which: str) -> None:
+    policy = MAKERS[which]()
+    policy.learn(log(1)[0])
+    assert policy.to_bytes() != STORED_BYTES[which]
+
+
+@settings(max_examples=300, deadline=None)
 @given(cut=st.floats(0, 1), flip=st.integers(0, 7), which=st.sampled_from(list(MAKERS)), truncate=st.booleans())
 def test_damaged_bytes_are_refused(cut: float, flip: int, which: str, truncate: bool) -> None:
     policy = STORED[which]
