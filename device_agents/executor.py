@@ -192,7 +192,6 @@ class Executor:
         if deadline_s == math.inf and waits < self._queue_requests:
             return
         expected_ms = scheduler.expected_ms(
-            now_s=now_s,
             rows_ahead=sum(waiting.rows for waiting in self._queue),
             rows=rows,
             running_ms=self._running_ms(now_s),

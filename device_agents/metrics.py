@@ -12,6 +12,7 @@ from device_agents.control import Plan
 from device_agents.executor import Executor
 from device_agents.scheduling import SloScheduler
 from device_agents.statistics import Duration
+from device_agents.telemetry import package_energy_j
 
 ZERO = Duration()
 Row = tuple[str, float]
@@ -69,6 +70,8 @@ def prometheus_text(executors: Sequence[Executor]) -> str:
         "process_resident_memory_bytes": [("", float(psutil.Process().memory_info().rss))],
         "process_cpu_seconds_total": [("", time.process_time())],
     }
+    if (energy_j := package_energy_j()) is not None:
+        counters["qoe_package_energy_joules_total"] = [("", energy_j)]
     lines = [*_lines("counter", counters), *_lines("gauge", gauges)]
     return "\n".join(lines) + "\n"
 

@@ -13,12 +13,14 @@ import psutil
 
 from device_agents.errors import AttemptFailed, RunFailed
 from device_agents.runtime import Array, EmulatedQuota, Session, Tensor
+from device_agents.telemetry import cpu_quota_cores, throttled_periods
 from device_agents.wire import Outcome, ProfileReport
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 OPEN_SIZE = 1
 RUNS_PER_SIZE = 7
 LONGEST_MS = 3_600_000.0
+LONGEST_REST_S = 1.2
 
 
 @dataclass(frozen=True)
@@ -42,21 +44,24 @@ def fit(points: Sequence[tuple[int, float]]) -> LinearFit:
     >>> fit([(1, 3.0)])
     LinearFit(a_ms=3.0, b_ms=0.0, r2=1.0)
     """
-    rows = np.array([size for size, _ in points], dtype=float)
-    took = np.array([milliseconds for _, milliseconds in points], dtype=float)
-    weights = 1.0 / np.maximum(took, 1e-6)
-    if len(set(rows)) < 2:
-        return LinearFit(a_ms=round(float(np.mean(took / rows)), 6), b_ms=0.0, r2=1.0)
-    design = np.stack([rows, np.ones_like(rows)], axis=1)
-    a_ms, b_ms = np.linalg.lstsq(design * weights[:, None], took * weights, rcond=None)[0]
+    if len({size for size, _ in points}) < 2:
+        return LinearFit(a_ms=round(sum(took / size for size, took in points) / len(points), 6), b_ms=0.0, r2=1.0)
+    # The normal equations by hand: numpy's solver would bring megabytes of buffers with it, and stay.
+    weights = [1.0 / max(took, 1e-6) ** 2 for _, took in points]
+    w, n, nn, t, nt = (
+        sum(weight * size**rows * took**times for weight, (size, took) in zip(weights, points, strict=True))
+        for rows, times in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1))
+    )
+    a_ms = (w * nt - n * t) / (w * nn - n * n)
+    b_ms = (t - a_ms * n) / w
     if b_ms < 0:
-        a_ms, b_ms = np.average(took / rows, weights=weights * rows), 0.0
+        a_ms, b_ms = nt / nn, 0.0
     if a_ms < 0:
-        a_ms, b_ms = 0.0, np.average(took, weights=weights)
-    spread = float(np.sum((took - took.mean()) ** 2))
-    missed = float(np.sum((took - a_ms * rows - b_ms) ** 2))
-    r2 = 1.0 - missed / spread if spread > 0 else 1.0
-    return LinearFit(a_ms=round(float(a_ms), 6), b_ms=round(float(b_ms), 6), r2=round(r2, 6))
+        a_ms, b_ms = 0.0, t / w
+    mean_ms = sum(took for _, took in points) / len(points)
+    spread = sum((took - mean_ms) ** 2 for _, took in points)
+    missed = sum((took - a_ms * size - b_ms) ** 2 for size, took in points)
+    return LinearFit(a_ms=round(a_ms, 6), b_ms=round(b_ms, 6), r2=round(1.0 - missed / spread, 6) if spread else 1.0)
 
 
 @dataclass(frozen=True)
@@ -144,27 +149,58 @@ def _try(session: Session, rows: int) -> tuple[float, float]:
     return cost.service_ms, cost.cpu_ms
 
 
+class _Pace:
+    """Lets a CPU quota recover after each run, so that runs show what a request at low load sees, not the quota.
+
+    Runs that were stopped by the quota all the same are known by the kernel's count of throttled periods.
+    """
+
+    def __init__(self) -> None:
+        self._quota_cores = cpu_quota_cores()
+        self._left_s = LONGEST_REST_S if self._quota_cores is not None else 0.0
+
+    def rest(self, *, service_ms: float, cpu_ms: float) -> None:
+        """Sleeps until the CPU time of a run is granted again, as far as the budget for resting goes."""
+        if self._quota_cores is not None and self._left_s > 0:
+            rest_s = min(self._left_s, max(0.0, cpu_ms / self._quota_cores - service_ms) / 1000)
+            self._left_s -= rest_s
+            time.sleep(rest_s)
+
+    def is_throttled_since(self, count: int) -> bool:
+        """Whether the quota stopped this process after ``count``."""
+        return self._quota_cores is not None and throttled_periods() > count
+
+    def throttles(self) -> int:
+        """The count so far."""
+        return throttled_periods() if self._quota_cores is not None else 0
+
+
 def _measure(session: Session, *, budget_s: float) -> tuple[list[tuple[int, float]], float]:
     """Lower quartile of run times per batch size, within the budget; sizes that would not fit are left out.
 
-    A neighbour that takes the core for a moment is not the model's cost, so slow runs count for little.
+    A neighbour that takes the core for a moment is not the model's cost, so slow runs count for little; runs that a CPU
+    quota stopped count only where there are no others. Resting for a quota is not part of the budget.
     """
     sizes = BATCH_SIZES if session.is_batchable else (1,)
-    ends_s = time.monotonic() + budget_s
+    pace, left_s = _Pace(), budget_s
     points: list[tuple[int, float]] = []
     cpu_ms_per_row: list[float] = []
     for index, size in enumerate(sizes):
-        share_ends_s = time.monotonic() + max(0.0, ends_s - time.monotonic()) / (len(sizes) - index)
+        share_s = max(0.0, left_s) / (len(sizes) - index)
         expected_s = points[-1][1] * size / points[-1][0] / 1000 if points else 0.0
-        if time.monotonic() + expected_s > ends_s and len(points) >= 2:
+        if expected_s > left_s and len(points) >= 2:
             break
-        took: list[float] = []
-        while not took or (len(took) < RUNS_PER_SIZE and time.monotonic() + took[-1] / 1000 < share_ends_s):
+        took: list[tuple[bool, float]] = []
+        while not took or (len(took) < RUNS_PER_SIZE and took[-1][1] / 1000 < share_s):
+            throttles = pace.throttles()
             service_ms, cpu_ms = _try(session, size)
-            took.append(service_ms)
+            took.append((pace.is_throttled_since(throttles), service_ms))
             cpu_ms_per_row.append(cpu_ms / size)
-        points.append((size, float(np.quantile(took, 0.25))))
-    return points, float(np.median(cpu_ms_per_row))
+            share_s, left_s = share_s - service_ms / 1000, left_s - service_ms / 1000
+            pace.rest(service_ms=service_ms, cpu_ms=cpu_ms)
+        free = sorted(ms for is_throttled, ms in took if not is_throttled) or sorted(ms for _, ms in took)
+        points.append((size, free[(len(free) - 1) // 4]))
+    return points, sorted(cpu_ms_per_row)[len(cpu_ms_per_row) // 2]
 
 
 def _sample(tensor: Tensor, rows: int) -> Array:
@@ -172,8 +208,9 @@ def _sample(tensor: Tensor, rows: int) -> Array:
     if tensor.shape[:1] == (-1,):
         sizes[0] = rows
     if tensor.dtype.kind == "f":
-        count = math.prod(sizes)
-        return np.random.default_rng(0).standard_normal(count).astype(tensor.dtype).reshape(sizes)
+        # Not numpy's generators, which cost five megabytes to load: any small numbers of both signs will do.
+        numbers = np.sin(np.arange(math.prod(sizes), dtype=np.float64) * 12.9898) * 1.7
+        return numbers.astype(tensor.dtype).reshape(sizes)
     if tensor.dtype.kind == "O":
         return np.full(sizes, "", dtype=object)
     return np.zeros(sizes, dtype=tensor.dtype)

@@ -38,7 +38,7 @@ class Scheduler(Protocol):
     def deadline_s(self, now_s: float) -> float:
         """By when a request that comes now should be answered."""
 
-    def expected_ms(self, *, now_s: float, rows_ahead: int, rows: int, running_ms: float) -> float:
+    def expected_ms(self, *, rows_ahead: int, rows: int, running_ms: float) -> float:
         """When it would be answered, from now; a request that would come too late is shed at once."""
 
     def concurrency(self) -> int:
@@ -75,9 +75,8 @@ class PlainScheduler:
         del now_s
         return math.inf
 
-    def expected_ms(self, *, now_s: float, rows_ahead: int, rows: int, running_ms: float) -> float:
+    def expected_ms(self, *, rows_ahead: int, rows: int, running_ms: float) -> float:
         """By the mean run of late."""
-        del now_s
         batches = math.ceil((rows_ahead + rows) / self._max_batch)
         return running_ms + self._run_ms * math.ceil(batches / self._concurrency)
 
@@ -149,9 +148,8 @@ class SloScheduler:
             )
         return deadline_s(self.times, arrived_s=now_s, slo_ms=self._slo_ms)
 
-    def expected_ms(self, *, now_s: float, rows_ahead: int, rows: int, running_ms: float) -> float:
+    def expected_ms(self, *, rows_ahead: int, rows: int, running_ms: float) -> float:
         """By the lines that were learnt."""
-        del now_s
         return expected_ms(self.times, self.bounds, rows_ahead=rows_ahead, rows=rows, running_ms=running_ms)
 
     def concurrency(self) -> int:

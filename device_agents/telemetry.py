@@ -29,6 +29,8 @@ ISA_FLAGS: Mapping[str, str] = {
     "sve": "sve",
 }
 
+MOBILE_INTERFACES = ("wwan", "ppp", "rmnet", "usb")
+
 Network = Literal["ethernet", "wifi", "metered", "offline", "unknown"]
 
 
@@ -76,6 +78,27 @@ def cpu_quota_cores(root: Path = Path("/")) -> float | None:
     return min(known) if known else None
 
 
+def throttled_periods(root: Path = Path("/")) -> int:
+    """How often a CPU quota has stopped this process's control group so far; 0 without control groups."""
+    count = 0
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        relative = path.lstrip("/")
+        if not controllers or "cpu" in controllers.split(","):
+            folder = root / "sys/fs/cgroup" / ("cpu" if controllers else "") / relative
+            words = [words for words in map(str.split, _text(folder / "cpu.stat").splitlines()) if len(words) == 2]
+            count += sum(int(value) for key, value in words if key == "nr_throttled" and value.isdigit())
+    return count
+
+
+def package_energy_j(root: Path = Path("/")) -> float | None:
+    """Joules that the processor packages used since some moment in the past (RAPL); None where that is not readable."""
+    zones = (root / "sys/class/powercap").glob("*rapl:?")
+    readings = [_text(zone / "energy_uj").strip() for zone in zones]
+    known = [int(reading) for reading in readings if reading.isdigit()]
+    return sum(known) / 1e6 if known else None
+
+
 class TelemetryReader:
     """Reads telemetry; loads are those since the last reading, so each reader belongs to one loop."""
 
@@ -93,7 +116,7 @@ class TelemetryReader:
             cpu_load_share=self._load_of_others(),
             memory_free_bytes=psutil.virtual_memory().available,
             temperature_c=_temperature(),
-            throttled=self._throttles > throttles,
+            throttled=self._throttles > throttles or self._is_cooled(),
             battery_share=min(1.0, max(0.0, battery.percent / 100)) if battery else None,
             charging=battery.power_plugged if battery else None,
             network=network(self._root),
@@ -110,18 +133,28 @@ class TelemetryReader:
         own = self._process.cpu_times()
         return total, total - times.idle - getattr(times, "iowait", 0.0), own.user + own.system
 
+    def _is_cooled(self) -> bool:
+        """Whether the kernel holds the processor's frequency down because of heat, as it does on most ARM boards."""
+        devices = self._root.glob("sys/class/thermal/cooling_device*")
+        states = [_text(device / "cur_state").strip() for device in devices if "cpufreq" in _text(device / "type")]
+        return any(state.isdigit() and int(state) > 0 for state in states)
+
     def _throttle_count(self) -> int:
         counts = self._root.glob("sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
         return sum(int(_text(path).strip() or 0) for path in counts)
 
 
 def network(root: Path = Path("/")) -> Network:
-    """How the device is connected, by its interface with the default route."""
-    for line in _text(root / "proc/net/route").splitlines()[1:]:
-        interface, destination, *_ = line.split()
-        if destination == "00000000":
-            return "wifi" if (root / "sys/class/net" / interface / "wireless").exists() else "ethernet"
-    return "unknown"
+    """How the device is connected, by its interface with the default route; mobile networks count as metered."""
+    routes = [line.split() for line in _text(root / "proc/net/route").splitlines()[1:]]
+    defaults = [words[0] for words in routes if len(words) > 1 and words[1] == "00000000"]
+    routes6 = [line.split() for line in _text(root / "proc/net/ipv6_route").splitlines()]
+    defaults += [words[-1] for words in routes6 if words[:2] == ["0" * 32, "00"] and words[-1] != "lo"]
+    if not defaults:
+        return "offline" if (root / "proc/net/route").exists() else "unknown"
+    if defaults[0].startswith(MOBILE_INTERFACES):
+        return "metered"
+    return "wifi" if (root / "sys/class/net" / defaults[0] / "wireless").exists() else "ethernet"
 
 
 def _temperature() -> float | None:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from device_agents.telemetry import TelemetryReader, cpu_quota_cores, hardware, isa, network
+from device_agents.telemetry import (
+    TelemetryReader,
+    cpu_quota_cores,
+    hardware,
+    isa,
+    network,
+    package_energy_j,
+    throttled_periods,
+)
 
 
 def write(root: Path, path: str, text: str) -> None:
@@ -62,6 +70,10 @@ def test_the_quota_of_the_control_group_is_told(tmp_path: Path, files: dict[str,
 
 def test_the_network_is_that_of_the_default_route(tmp_path: Path) -> None:
     assert network(tmp_path) == "unknown"
+    write(tmp_path, "proc/net/route", "Iface Destination Gateway\nlo 0000007F 00\n")
+    assert network(tmp_path) == "offline"
+    write(tmp_path, "proc/net/ipv6_route", f"{'0' * 32} 00 {'0' * 32} 00 {'f' * 32} 1 1 0 1 wwan0\n")
+    assert network(tmp_path) == "metered"
     write(tmp_path, "proc/net/route", "Iface Destination Gateway\nwlan0 00000000 01\nlo 0000007F 00\n")
     assert network(tmp_path) == "ethernet"
     (tmp_path / "sys/class/net/wlan0/wireless").mkdir(parents=True)
@@ -76,6 +88,30 @@ def test_thermal_throttling_is_told_when_the_count_grows(tmp_path: Path) -> None
     write(tmp_path, count, "4\n")
     assert reader.read().throttled
     assert not reader.read().throttled
+
+
+def test_a_frequency_that_is_held_down_by_heat_is_throttling(tmp_path: Path) -> None:
+    write(tmp_path, "sys/class/thermal/cooling_device0/type", "cpufreq-cpu0\n")
+    write(tmp_path, "sys/class/thermal/cooling_device0/cur_state", "0\n")
+    write(tmp_path, "sys/class/thermal/cooling_device1/type", "pwm-fan\n")
+    write(tmp_path, "sys/class/thermal/cooling_device1/cur_state", "2\n")
+    assert not TelemetryReader(tmp_path).read().throttled
+    write(tmp_path, "sys/class/thermal/cooling_device0/cur_state", "3\n")
+    assert TelemetryReader(tmp_path).read().throttled
+
+
+def test_stops_by_the_quota_are_counted(tmp_path: Path) -> None:
+    assert throttled_periods(tmp_path) == 0
+    write(tmp_path, "proc/self/cgroup", "0::/box\n")
+    write(tmp_path, "sys/fs/cgroup/box/cpu.stat", "usage_usec 12\nnr_periods 9\nnr_throttled 4\n")
+    assert throttled_periods(tmp_path) == 4
+
+
+def test_energy_is_told_where_the_processor_counts_it(tmp_path: Path) -> None:
+    assert package_energy_j(tmp_path) is None
+    write(tmp_path, "sys/class/powercap/intel-rapl:0/energy_uj", "2500000\n")
+    write(tmp_path, "sys/class/powercap/intel-rapl:0:0/energy_uj", "9000000\n")
+    assert package_energy_j(tmp_path) == 2.5
 
 
 def test_this_machine_can_be_described() -> None:
