@@ -1,0 +1,221 @@
+"""Is the agent's serving as fast as what it stands on, faster than its peers, and quiet when idle?
+
+Parts (``--only``): inprocess, http, added, control, idle. Models have random weights and are built on the spot; nothing
+is held out, for nothing is learnt but service times. HTTP: the generator has one core, every server the other; each
+peer (``benchmarks/peers.sh`` installs them) gets its best known settings, and loads are shares of its own capacity.
+What would falsify the claims stands beside the targets in ``main``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from benchmarks.serving_control import compare as compare_control
+from benchmarks.serving_http import (
+    PEERS,
+    Contestant,
+    compare_added,
+    compare_goodput,
+    is_installed,
+    running,
+)
+from benchmarks.serving_models import CONV, DENSE, TINY
+from device_agents.executor import Executor, ServedModel
+from device_agents.lease import LeaseAccount
+from device_agents.profiler import warm_up
+from device_agents.wire import ServingConfiguration
+
+PARTS = ("inprocess", "http", "added", "control", "idle")
+TARGETS: Mapping[str, tuple[str, float]] = {
+    "inprocess_vs_bare": (">=", 0.95),
+    "goodput_vs_mlserver": (">=", 2.0),
+    "goodput_vs_best_peer": (">=", 1.5),
+    "http_added_ms_p50": ("<=", 0.5),
+    "control_vs_oracle": (">=", 0.95),
+    "control_vs_best_baseline": (">", 1.0),
+    "idle_rss_over_bare_mb": ("<=", 45.0),
+    "start_s": ("<=", 1.5),
+}
+KEYS_OF = {
+    "inprocess": ("inprocess_vs_bare",),
+    "http": ("goodput_vs_mlserver", "goodput_vs_best_peer"),
+    "added": ("http_added_ms_p50",),
+    "control": ("control_vs_oracle", "control_vs_best_baseline"),
+    "idle": ("idle_rss_over_bare_mb", "start_s"),
+}
+
+
+# -- in this process ---------------------------------------------------------------------------------------------------
+
+
+def compare_inprocess(folder: Path, *, seconds: float, repetitions: int) -> dict[str, float | None]:
+    """Rows per second of ``infer`` by as many threads as cores, against the same threads on the bare session."""
+    callers, ratios = len(os.sched_getaffinity(0)), {}
+    for model in (DENSE, CONV):
+        path = model.write(folder)
+        session = warm_up(path, digest="0" * 64, threads=1, max_batch=16, budget_s=0.3).session
+        executor = Executor("m", queue_requests=64)
+        account = LeaseAccount(slo_p95_ms=1e6, started_s=time.monotonic())
+        configuration = ServingConfiguration(max_batch=16, max_concurrency=callers)
+        executor.swap(ServedModel(session, configuration, "0" * 64, None, account, time.monotonic()))
+        x = model.inputs()
+        rounds = []
+        for _ in range(repetitions):
+            bare = _rate(partial(session._session.run, None, x), callers, seconds)
+            rounds.append(_rate(partial(executor.infer, x), callers, seconds) / bare)
+        executor.close()
+        ratios[model.name] = statistics.median(rounds)
+        print(
+            f"  {model.name:<6} infer / bare ONNX Runtime {ratios[model.name]:.3f} of {[round(r, 3) for r in rounds]}"
+        )
+    return {"inprocess_vs_bare": min(ratios.values())}
+
+
+def _rate(work: Callable[[], object], callers: int, seconds: float) -> float:
+    counts, ends_s = [0] * callers, time.monotonic() + seconds
+
+    def loop(index: int) -> None:
+        while time.monotonic() < ends_s:
+            work()
+            counts[index] += 1
+
+    threads = [threading.Thread(target=loop, args=(index,)) for index in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / seconds
+
+
+# -- idle --------------------------------------------------------------------------------------------------------------
+
+BARE = """
+import os, sys, numpy, onnxruntime as ort
+options = ort.SessionOptions(); options.intra_op_num_threads = 1; options.inter_op_num_threads = 1
+session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+for _ in range(20):
+    session.run(None, {"x": numpy.zeros((1, 32), dtype=numpy.float32)})
+print(flush=True); sys.stdin.readline()
+"""
+
+
+def measure_idle(folder: Path, *, seconds: float, repetitions: int) -> dict[str, float | None]:
+    """Memory of the serving agent above a bare process with the same session, its CPU at rest, and its start."""
+    path, over, starts, shares = TINY.write(folder), [], [], []
+    for _ in range(repetitions):
+        with subprocess.Popen(
+            [sys.executable, "-c", BARE, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as bare:
+            assert bare.stdout is not None
+            bare.stdout.readline()
+            bare_mb = psutil.Process(bare.pid).memory_info().rss / 2**20
+            bare.kill()
+        began_s = time.monotonic()
+        with running(Contestant("qoe-agent", 16), TINY, slo_ms=10.0, folder=folder) as (_, pid):
+            starts.append(time.monotonic() - began_s)
+            agent = psutil.Process(pid)
+            time.sleep(0.5)
+            before = sum(agent.cpu_times()[:2])
+            time.sleep(seconds)
+            shares.append((sum(agent.cpu_times()[:2]) - before) / seconds)
+            agent_mb = agent.memory_info().rss / 2**20
+        over.append(agent_mb - bare_mb)
+        print(
+            f"  bare process {bare_mb:.1f} MB, agent {agent_mb:.1f} MB, start {starts[-1]:.2f} s,"
+            f" CPU at rest {shares[-1]:.2%} of a core",
+            flush=True,
+        )
+    return {
+        "idle_rss_over_bare_mb": statistics.median(over),
+        "start_s": statistics.median(starts),
+        "idle_cpu_share": statistics.median(shares),
+    }
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------------
+
+
+def calibration_loop_ms() -> float:
+    """A fixed piece of pure Python: how fast this machine is just now."""
+    start = time.perf_counter()
+    sum(number * number for number in range(1_000_000))
+    return (time.perf_counter() - start) * 1e3
+
+
+def run(part: str, folder: Path, *, models: Sequence[BenchmarkModel], quick: bool) -> dict[str, float | None]:
+    """One part."""
+    match part:
+        case "inprocess":
+            return compare_inprocess(folder, seconds=0.4 if quick else 2.0, repetitions=3 if quick else 7)
+        case "http":
+            return compare_goodput(folder, models=models or KINDS, seconds=2.5)
+        case "added":
+            found = compare_added(folder, repetitions=1 if quick else 5, seconds=1.0 if quick else 2.0, quick=quick)
+            return {"http_added_ms_p50": found["qoe-agent"], **{f"added_{k}": v for k, v in found.items()}}
+        case "control":
+            return compare_control(
+                models or ((DENSE,) if quick else (DENSE, CONV)),
+                folder,
+                loads=(0.9,) if quick else (0.5, 0.7, 0.9, 1.0, 1.1),
+                seconds=0.7 if quick else 3.0,
+                seeds=1 if quick else 3,
+            )
+        case _:
+            return measure_idle(folder, seconds=2.0 if quick else 20.0, repetitions=1 if quick else 5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="under 50 s; leaves out the peers' goodput")
+    parser.add_argument("--only", choices=PARTS, action="append", help="these parts only; may be repeated")
+    parser.add_argument("--model", choices=[model.name for model in KINDS], help="http and control: this kind only")
+    options = parser.parse_args()
+    models = [model for model in KINDS if model.name == options.model]
+    not_run: dict[str, str] = {}
+    found: dict[str, float | None] = {}
+    print(
+        f"calibration loop {calibration_loop_ms():.1f} ms; peers installed: "
+        f"{[name for name in PEERS if is_installed(name)]}"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in PARTS:
+            reason = _left_out(part, options.only, quick=options.quick)
+            if reason:
+                not_run |= dict.fromkeys(KEYS_OF[part], reason)
+                continue
+            print(f"{part}:", flush=True)
+            found |= run(part, Path(scratch), models=models, quick=options.quick)
+    for key in KEYS_OF["http"]:
+        if key not in not_run and found.get(key) is None:
+            not_run[key] = "the peers are not installed: benchmarks/peers.sh"
+    for key, (relation, target) in TARGETS.items():
+        if (value := found.get(key)) is not None:
+            holds = value >= target if relation == ">=" else value > target if relation == ">" else value <= target
+            print(f"{key}: {value:.3f}, target {relation} {target}: {'met' if holds else 'MISSED'}")
+    summary = {key: None if (value := found.get(key)) is None else round(value, 4) for key in TARGETS}
+    print(json.dumps(summary | {"not_run": not_run, "calibration_loop_ms": round(calibration_loop_ms(), 1)}))
+
+
+def _left_out(part: str, only: list[str] | None, *, quick: bool) -> str:
+    if only and part not in only:
+        return "not asked for"
+    if quick and part == "http":
+        return "takes minutes: run without --quick"
+    return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""Servers over HTTP, each tuned and alone on one core: capacity, goodput at the SLO, and what the path itself costs."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import math
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.load import Load, specification
+from benchmarks.serving_models import DENSE, ECHO, KINDS, BenchmarkModel
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ROOT / "benchmarks" / "serving_peers"
+PEERS = ("mlserver", "bentoml", "litserve", "kserve")
+SERVER_CORE, CLIENT_CORE = 0, 1
+BATCH = 16
+LOADS = (0.5, 0.7, 0.9, 1.0, 1.1)
+START_WITHIN_S = 60.0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One server with one setting. ``batch`` 1 turns its batching off."""
+
+    name: str
+    batch: int
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        return f"{self.name} b{self.batch}"
+
+
+def is_installed(name: str) -> bool:
+    """Whether ``benchmarks/peers.sh`` has set it up."""
+    return (ROOT / ".venv-peers" / name / ".installed").exists()
+
+
+def settings_of(name: str, model: BenchmarkModel) -> list[Contestant]:
+    """The settings worth trying. Only the agent finds its batch by itself; KServe's Python server has none."""
+    if name in ("qoe-agent", "kserve"):
+        return [Contestant(name, BATCH if name == "qoe-agent" else 1)]
+    return [Contestant(name, BATCH)] if model is DENSE else [Contestant(name, 1), Contestant(name, BATCH)]
+
+
+def request_of(contestant: Contestant, model: BenchmarkModel) -> bytes:
+    """One request of one row in the most compact form that this server takes."""
+    x = model.inputs()["x"]
+    packed = base64.b64encode(x.tobytes()).decode()
+    match contestant.name:
+        case "qoe-agent" | "kserve":
+            tensor: dict[str, object] = {"name": "x", "shape": list(x.shape), "datatype": "FP32"}
+            tensor["parameters"] = {"binary_data_size": x.nbytes}
+            head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+            extra = f"Inference-Header-Content-Length: {len(head)}\r\nContent-Type: application/octet-stream\r\n"
+            return _http("/v2/models/m/infer", head + x.tobytes(), extra)
+        case "mlserver":
+            tensor = {"name": "x", "shape": [1, 1], "datatype": "BYTES", "data": [packed]}
+            tensor["parameters"] = {"content_type": "base64"}
+            return _http("/v2/models/m/infer", json.dumps({"inputs": [tensor]}).encode())
+        case "bentoml":
+            return _http("/infer", json.dumps({"items": [packed]}).encode())
+        case _:
+            return _http("/predict", json.dumps({"x": packed}).encode())
+
+
+def _http(path: str, body: bytes, extra: str = "Content-Type: application/json\r\n") -> bytes:
+    return f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{extra}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def command_of(
+    contestant: Contestant, model: Path | None, *, port: int, slo_ms: float, row: tuple[int, ...], folder: Path
+) -> tuple[list[str], dict[str, str]]:
+    """How to start it, and the variables it reads."""
+    name = contestant.name
+    python = str(ROOT / ".venv-peers" / name / "bin" / "python")
+    variables = {
+        "MODEL": str(model or ""),
+        "PORT": str(port),
+        "BATCH": str(contestant.batch),
+        "SLO_MS": str(max(1, round(slo_ms))),
+        "ROW": ",".join(map(str, row)),
+        "PYTHONPATH": str(PROGRAMS),
+        "BENTOML_DO_NOT_TRACK": "True",
+        "OMP_NUM_THREADS": "1",
+    }
+    match name:
+        case "qoe-agent":
+            command = [sys.executable, "-m", "device_agents", "serve", "--model", str(model), "--model-name", "m"]
+            command += ["--port", str(port), "--max-batch", str(contestant.batch), "--concurrency", "2"]
+            command += ["--slo-ms", str(slo_ms * 0.9)] if slo_ms < 1e6 else []
+            return command, {"PYTHONPATH": str(ROOT), "QOE_AGENT_QUEUE_REQUESTS": "256"}
+        case "mlserver":
+            _mlserver_settings(folder, contestant, port)
+            return [str(ROOT / ".venv-peers" / name / "bin" / "mlserver"), "start", str(folder)], variables
+        case "bentoml":
+            serve = ["-m", "bentoml", "serve", "bentoml_program:Onnx", "--port", str(port), "--host", "127.0.0.1"]
+            return [python, *serve], variables
+        case _:
+            return [python, str(PROGRAMS / f"{name}_program.py")], variables
+
+
+def _mlserver_settings(folder: Path, contestant: Contestant, port: int) -> None:
+    """No worker processes (there is one core), no gRPC to speak of, quiet logs."""
+    server = {"http_port": port, "grpc_port": free_port(), "metrics_port": free_port(), "parallel_workers": 0}
+    (folder / "settings.json").write_text(json.dumps(server | {"debug": False, "host": "127.0.0.1"}))
+    model: dict[str, object] = {"name": "m", "implementation": "mlserver_program.Onnx"}
+    if contestant.batch > 1:
+        model |= {"max_batch_size": contestant.batch, "max_batch_time": 0.002}
+    (folder / "model-settings.json").write_text(json.dumps(model))
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(contestant: Contestant, model: BenchmarkModel, *, slo_ms: float, folder: Path) -> Iterator[tuple[int, int]]:
+    """The server, answering; gives its port and process id. Raises RuntimeError with its last words otherwise."""
+    port = free_port()
+    is_echo_peer = model is ECHO and contestant.name != "qoe-agent"
+    path = None if is_echo_peer else model.write(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch)
+        command, variables = command_of(contestant, path, port=port, slo_ms=slo_ms, row=model.row, folder=home)
+        environment = {**os.environ, **variables, "QOE_AGENT_STATE_DIR": scratch, "BENTOML_HOME": scratch}
+        with (home / "log").open("wb") as log:
+            process = subprocess.Popen(
+                ["taskset", "-c", str(SERVER_CORE), *command],
+                env=environment,
+                cwd=home,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            _wait_until_answering(port, request_of(contestant, model), process, home / "log")
+            yield port, process.pid
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 15)
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait(5)
+
+
+def _wait_until_answering(port: int, request: bytes, process: subprocess.Popen[bytes], log: Path) -> None:
+    ends_s = time.monotonic() + START_WITHIN_S
+    head, _, body = request.partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines[1:])
+    url = f"http://127.0.0.1:{port}{lines[0].split()[1]}"
+    said = ""
+    while time.monotonic() < ends_s and process.poll() is None:
+        try:
+            asked = urllib.request.Request(url, data=body, headers=headers, method="POST")
+            with urllib.request.urlopen(asked, timeout=5) as reply:
+                reply.read()
+                return
+        except urllib.error.HTTPError as error:
+            said = f"{error.code}: {error.read()[:300]!r}"
+            if error.code in (400, 422):
+                break
+        except OSError as error:
+            said = str(error)
+        time.sleep(0.05)
+    raise RuntimeError(f"does not answer: {said}; {log.read_text(errors='replace')[-500:]}")
+
+
+def measure(load: Load) -> Mapping[str, float]:
+    """One run of the load generator, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.load"],
+        input=specification(load),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    found: Mapping[str, float] = json.loads(done.stdout)
+    return found
+
+
+def capacity_rps(port: int, request: str, *, seconds: float) -> float:
+    """The most that the server answers, whatever the latency: the best of a few numbers of busy connections."""
+    found = [
+        measure(Load(port, request, seconds, slo_ms=1e9, connections=connections, core=CLIENT_CORE))["throughput_rps"]
+        for connections in (4, 24)
+    ]
+    return max(found)
+
+
+def solo_ms(model: BenchmarkModel, folder: Path) -> float:
+    """Median run of one row with one thread, in a process of its own on the server's core."""
+    program = (
+        "import sys, time, statistics, numpy as np, onnxruntime as ort\n"
+        "o = ort.SessionOptions(); o.intra_op_num_threads = 1\n"
+        "s = ort.InferenceSession(sys.argv[1], o); x = np.load(sys.argv[2]); t = []\n"
+        "for _ in range(60):\n"
+        "    a = time.perf_counter(); s.run(None, {'x': x}); t.append(time.perf_counter() - a)\n"
+        "print(statistics.median(t[10:]) * 1000)\n"
+    )
+    np.save(folder / "row.npy", model.inputs()["x"])
+    command = ["taskset", "-c", str(SERVER_CORE), sys.executable, "-c", program]
+    command += [str(model.write(folder)), str(folder / "row.npy")]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def goodput_of(
+    name: str, model: BenchmarkModel, *, slo_ms: float, seconds: float, folder: Path, loads: tuple[float, ...] = LOADS
+) -> dict[str, object]:
+    """The best setting of one server: its capacity, and its goodput at shares of that capacity."""
+    best: dict[str, object] = {"goodput_rps": 0.0}
+    for contestant in settings_of(name, model):
+        request = base64.b64encode(request_of(contestant, model)).decode()
+        with running(contestant, model, slo_ms=slo_ms, folder=folder) as (port, _):
+            capacity = capacity_rps(port, request, seconds=min(2.0, seconds))
+            rows = {}
+            for share in loads:
+                load = Load(port, request, seconds, slo_ms, 256, capacity * share, seed=7, core=CLIENT_CORE)
+                rows[share] = measure(load)
+        mean = statistics.mean(row["goodput_rps"] for row in rows.values())
+        print(f"  {contestant.label:<14} capacity {capacity:8.0f}/s  mean goodput {mean:8.1f}/s  misses", end=" ")
+        print(" ".join(f"{row['miss_share']:.3f}" for row in rows.values()), flush=True)
+        if mean > float(str(best["goodput_rps"])):
+            best = {"setting": contestant.label, "capacity_rps": capacity, "goodput_rps": mean, "rows": rows}
+    return best
+
+
+def compare_goodput(
+    folder: Path, *, models: Sequence[BenchmarkModel] = KINDS, seconds: float, loads: tuple[float, ...] = LOADS
+) -> dict[str, float | None]:
+    """All servers, all kinds of models. Ratios are geometric means over the kinds."""
+    table: dict[str, dict[str, float]] = {}
+    names = ["qoe-agent", *(name for name in PEERS if is_installed(name))]
+    for model in models:
+        slo_ms = max(10.0, model.slo_runs * solo_ms(model, folder))
+        print(f"{model.name}: SLO {slo_ms:.1f} ms ({model.why})")
+        table[model.name] = {
+            name: float(
+                str(goodput_of(name, model, slo_ms=slo_ms, seconds=seconds, folder=folder, loads=loads)["goodput_rps"])
+            )
+            for name in names
+        }
+    ratios = {
+        name: [rates["qoe-agent"] / max(rates[name], 1e-9) for rates in table.values()]
+        for name in names
+        if name != "qoe-agent"
+    }
+    for name, values in ratios.items():
+        print(f"  goodput against {name}: " + ", ".join(f"{m} {v:.2f}" for m, v in zip(table, values, strict=True)))
+    means = {name: math.exp(statistics.mean(math.log(value) for value in values)) for name, values in ratios.items()}
+    best = min((value for name, value in means.items() if name != "mlserver"), default=None)
+    return {"goodput_vs_mlserver": means.get("mlserver"), "goodput_vs_best_peer": best}
+
+
+def compare_added(folder: Path, *, repetitions: int, seconds: float, quick: bool = False) -> dict[str, float]:
+    """p50 in ms of a request that costs the model nothing, one keep-alive client with pauses; medians by server."""
+    found: dict[str, float] = {}
+    for name in ["qoe-agent", *(name for name in PEERS if is_installed(name) and not quick)]:
+        contestant = Contestant(name, 1)
+        request = base64.b64encode(request_of(contestant, ECHO)).decode()
+        with running(contestant, ECHO, slo_ms=1e9, folder=folder) as (port, _):
+            load = Load(port, request, seconds, 1e9, connections=1, think_s=0.004, core=CLIENT_CORE)
+            measure(load)
+            found[name] = statistics.median(measure(load)["p50_ms"] for _ in range(repetitions))
+        print(f"  {name:<12} p50 {found[name]:.3f} ms", flush=True)
+    return found
