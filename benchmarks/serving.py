@@ -32,7 +32,7 @@ from benchmarks.serving_http import (
     is_installed,
     running,
 )
-from benchmarks.serving_models import CONV, DENSE, TINY
+from benchmarks.serving_models import CONV, DENSE, KINDS, TINY, BenchmarkModel
 from device_agents.executor import Executor, ServedModel
 from device_agents.lease import LeaseAccount
 from device_agents.profiler import warm_up
