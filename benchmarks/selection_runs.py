@@ -1,0 +1,142 @@
+"""Single runs of `python -m benchmarks.selection`: what is played, what is kept of it, and in which process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.contenders import BEST_FIXED, BEST_PER_CLASS, OURS, RANDOM, contenders
+from benchmarks.latency_table import load
+from selector.hardness import Hardness, hardness
+from selector.simulation import STRESS, Contender, Feedback, Trace, play
+from selector.timings import TableRow
+from selector.world_constants import make_world
+from selector.worlds import SimulatedWorld
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+# These need no run: what they earn is summed up exactly from the world's truth.
+EXACT = (RANDOM, BEST_FIXED, BEST_PER_CLASS)
+UNGUARDED, STRESSED = f"{OURS}, no budget", f"{OURS}, stress"
+BUDGET = 0.05
+WARM_UP = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """All contenders of these names (none: all but the exact ones) in one world under one seed."""
+
+    world: str
+    seed: int
+    devices: int
+    steps: int
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is kept of one run. Shares in %; ``drift_pct`` is the QoE per step from the drift on, of all devices and of
+    those that the update changed."""
+
+    world: str
+    seed: int
+    devices: int
+    name: str
+    role: str
+    calibrates: bool
+    uses_prediction: bool
+    qoe_pct: float
+    after_5_pct: float
+    last_20_pct: float
+    slo_missed_pct: float
+    out_of_memory_pct: float
+    budget_violations_pct: float
+    fleet_violates: bool
+    microseconds: float
+    drift_pct: tuple[float, ...]
+    drift_updated_pct: tuple[float, ...]
+
+
+def outcomes(tasks: Sequence[Task], workers: int) -> Iterator[tuple[list[Outcome], Hardness]]:
+    """Play all tasks in so many processes; each process uses one core."""
+    os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(run, tasks)
+
+
+def run(task: Task) -> tuple[list[Outcome], Hardness]:
+    """Play one task in this process."""
+    world = make_world(task.world, task.seed, task.devices, task.steps, measured_rows())
+    chosen = [each for each in lineup(world) if not task.names or each[0].name in task.names]
+    found = [
+        outcome(world, contender, task.seed, play(world, contender, task.seed, feedback))
+        for contender, feedback in chosen
+    ]
+    return found, hardness(world)
+
+
+def lineup(world: SimulatedWorld) -> list[tuple[Contender, Feedback]]:
+    """Everyone who plays, and the conditions: ours also without its budget and under stress."""
+    everyone = [each for each in contenders(world) if each.name not in EXACT]
+    ours = next(each for each in everyone if each.name == OURS)
+    plain = [(each, Feedback()) for each in everyone]
+    if ours.exploration.budget < 1:
+        unguarded = replace(ours, name=UNGUARDED, exploration=replace(ours.exploration, budget=1.0))
+        plain.append((unguarded, Feedback()))
+    return [*plain, (replace(ours, name=STRESSED), STRESS)]
+
+
+@lru_cache(maxsize=1)
+def measured_rows() -> tuple[TableRow, ...]:
+    """The committed table."""
+    return load()[0]
+
+
+def outcome(world: SimulatedWorld, contender: Contender, seed: int, trace: Trace) -> Outcome:
+    """The measures of one trace."""
+    below, fleet = budget_violations(trace)
+    drifted = slice(world.drift_step, None)
+    return Outcome(
+        world=world.name,
+        seed=seed,
+        devices=world.device_count,
+        name=contender.name,
+        role=contender.role,
+        calibrates=contender.calibrates,
+        uses_prediction=contender.uses_prediction,
+        qoe_pct=share(trace, slice(None)),
+        after_5_pct=share(trace, slice(5, 10)),
+        last_20_pct=share(trace, slice(-20, None)),
+        slo_missed_pct=100 * float(trace.slo_missed.mean()),
+        out_of_memory_pct=100 * float(trace.out_of_memory.mean()),
+        budget_violations_pct=100 * float(below.mean()),
+        fleet_violates=fleet,
+        microseconds=1e6 * trace.seconds / trace.qoe.size,
+        drift_pct=_by_step(trace.qoe[drifted], trace.oracle[drifted]),
+        drift_updated_pct=_by_step(trace.qoe[drifted][:, world.updated], trace.oracle[drifted][:, world.updated]),
+    )
+
+
+def share(trace: Trace, steps: slice) -> float:
+    """QoE of these steps in % of the oracle's."""
+    return 100 * float(trace.qoe[steps].sum() / trace.oracle[steps].sum())
+
+
+def budget_violations(trace: Trace, budget: float = BUDGET) -> tuple[Mask, bool]:
+    """Which devices, and whether the fleet, ever had a cumulative QoE below (1 - budget) times the baseline's after the
+    warm-up."""
+    earned, owed = np.cumsum(trace.qoe, axis=0), (1 - budget) * np.cumsum(trace.baseline, axis=0)
+    below: Mask = (earned < owed)[WARM_UP:]
+    fleet = (earned.sum(axis=1) < owed.sum(axis=1))[WARM_UP:]
+    return np.asarray(below.any(axis=0)), bool(fleet.any())
+
+
+def _by_step(qoe: Floats, oracle: Floats) -> tuple[float, ...]:
+    return tuple((100 * qoe.sum(axis=1) / np.maximum(oracle.sum(axis=1), 1e-12)).tolist())
