@@ -12,6 +12,7 @@ import pytest
 from benchmarks.peers import BoostedResidualPolicy, FlatVowpalWabbitPolicy, NeuralResidualPolicy
 from selector.baselines import FixedPerClassPolicy, FixedPolicy
 from selector.errors import InvalidInput
+from selector.features import QOE_FROM_END, Features
 from selector.interactions import Candidate, Context, Interaction, Measurement
 from selector.linear import LinTsPolicy, LinUcbPolicy
 from selector.policy import Policy
@@ -46,20 +47,16 @@ def test_each_class_has_its_own_fixed_action() -> None:
 
 
 def test_ucb1_tries_everything_once_and_then_follows_its_index() -> None:
-    """After 2, 1 and 1 tries of means 0.6, 0.5 and 0.3 and with width 0.1, the indices are 0.72, 0.67 and 0.47."""
-    policy, some = Ucb1Policy(width=0.1), candidates(0.9, 0.5, 0.1)
-    tried: set[int] = set()
-    for reward in (0.6, 0.5, 0.3):
+    """Width 0.5. After 2, 1 and 1 tries of means 0.6, 0.5 and 0.3 the indices are 1.19, 1.33 and 1.13; after one more
+    0.5 for the second they are 1.23, 1.13 and 1.20."""
+    policy, some = Ucb1Policy(width=0.5), candidates(0.9, 0.5, 0.1)
+    for tried, reward in enumerate((0.6, 0.5, 0.3)):
         shares = policy.probabilities(context(), some)
-        untried = set(range(3)) - tried
-        assert sum(shares[list(untried)]) > 0.99
-        chosen = min(untried)
-        policy.learn(lesson(some, chosen, reward))
-        tried.add(chosen)
-    policy.learn(lesson(some, 0, 0.6))
-    assert best(policy, some) == 0
-    policy.learn(lesson(some, 0, 0.0))
-    assert best(policy, some) == 1
+        assert shares[tried:].sum() > 0.99
+        policy.learn(lesson(some, tried, reward))
+    for expected, reward in ((0, 0.6), (1, 0.5), (0, 0.6)):
+        assert best(policy, some) == expected
+        policy.learn(lesson(some, expected, reward))
 
 
 @pytest.mark.parametrize("make", [Ucb1Policy, ThompsonPolicy])
@@ -97,6 +94,38 @@ def test_linear_policies_share_what_one_device_taught(make: Callable[..., Policy
     for number in range(60):
         policy.learn(lesson(some, number % 3, 0.9 if number % 3 == 2 else 0.3))
     assert best(policy, some, context(device="never-seen")) == 2
+
+
+@pytest.mark.parametrize("make", [LinUcbPolicy, LinTsPolicy])
+def test_linear_policies_tell_classes_of_devices_apart(make: Callable[..., Policy]) -> None:
+    policy, some = make(alpha=0.02), (candidate(0), candidate(1, action=action(1, precision="int8")))
+    for number in range(120):
+        chosen, is_first = number % 2, number % 4 < 2
+        situation = context(device_class="pi4" if is_first else "nuc")
+        policy.learn(lesson(some, chosen, 0.8 if is_first == (chosen == 0) else 0.4, context=situation))
+    assert [best(policy, some, context(device_class=each)) for each in ("pi4", "nuc")] == [0, 1]
+
+
+def test_names_get_columns_when_they_are_learnt_and_never_more_than_there_are() -> None:
+    features, some = Features(with_prediction=False), candidates(0.5, 0.6)
+    unheard_of = features.rows(context(), some)
+    features.learn(context(features={"battery": 0.5, "network": "wifi"}), some[1])
+    known = features.rows(context(features={"battery": 0.5}), some)
+    assert known.shape == unheard_of.shape == (2, features.width)
+    assert np.flatnonzero(known[1]).size > np.flatnonzero(unheard_of[1]).size
+    for number in range(100):
+        features.learn(context(device_class=f"class-{number}"), candidate(number))
+    assert features.rows(context(device_class="class-99"), some).shape == (2, features.width)
+    stored = Features.from_state(False, features.state())
+    assert stored.rows(context(), some).tolist() == features.rows(context(), some).tolist()
+
+
+def test_the_prediction_is_last_and_bounded() -> None:
+    features = Features(with_prediction=True)
+    wild = candidate(0, prediction=prediction(7.0, p95_ms=1e15, cpu_ms_per_request=1e15))
+    rows = features.rows(context(arrival_rate_rps=1e9, slo_p95_ms=1e-6), [wild])
+    assert rows[0, -QOE_FROM_END] == 1.0
+    assert np.abs(rows).max() <= 9.0
 
 
 def test_a_wider_confidence_prefers_what_was_tried_less() -> None:
