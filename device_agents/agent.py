@@ -398,7 +398,13 @@ class Agent:
         except DesiredRefused as error:
             logger.warning("desired document refused reason=%r", error.reason)
             return
-        self.store.save_seen_version(state.version)
+        try:
+            self.store.save_seen_version(state.version)
+        except OSError as error:
+            # A full disk: what cannot be saved is not begun, and the service hears of it. Looked at again later.
+            logger.warning("desired version not kept version=%d reason=%r", state.version, error.strerror)
+            self._follow(state, seen_s)
+            return
         self._follow(state, seen_s)
         # Not before: what fails on the way here must be fetched again, instead of being "not modified" for ever.
         self._seen_version, self._etag = state.version, etag

@@ -56,7 +56,7 @@ def is_reward(feedback: Feedback) -> bool:
     return feedback.lease_closed or feedback.rating is not None
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path | str) -> sqlite3.Connection:
     database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
     # FULL: a reward that was acknowledged to an app must survive a power cut.
     database.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + SCHEMA)
@@ -77,6 +77,10 @@ class Spool:
         self._lost = 0
         try:
             self._database = _open(path)
+        except sqlite3.OperationalError:
+            # A full disk must not keep the device from serving either. What waits in the file is sent by a later start.
+            logger.exception("cannot open spool=%s: feedback is kept in memory until the next start", path)
+            self._database = _open(":memory:")
         except sqlite3.DatabaseError:
             # A damaged queue must not keep the device from serving: put it aside for its owner, begin anew.
             logger.exception("unreadable spool=%s kept as .damaged", path)

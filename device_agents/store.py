@@ -177,8 +177,11 @@ class Store:
             self._write(self.folder / "profiles.json", Profiles(measured=(*others, profile)[-256:]))
 
     def save_status(self, status: Mapping[str, Any]) -> None:
-        """Leaves a note for ``qoe-agent status`` and supervisors; worth nothing after a restart."""
-        _replace(self.folder / "status.json", json.dumps(status).encode())
+        """Leaves a note for ``qoe-agent status`` and supervisors; worth nothing after a restart, nor on a full disk."""
+        try:
+            _replace(self.folder / "status.json", json.dumps(status).encode())
+        except OSError as error:
+            logger.warning("no status note reason=%r", error.strerror)
 
     def status(self) -> dict[str, Any]:
         """The note of the last agent that ran here."""

@@ -268,18 +268,20 @@ def test_enrolling_again_as_the_same_device_keeps_what_it_serves(agent: Agent, s
     assert agent.store.seen_version() == service.version
 
 
-def test_a_document_that_could_not_be_kept_is_fetched_again(make_agent: MakeAgent, service: FakeService) -> None:
+def test_a_document_whose_version_cannot_be_kept_is_followed_and_fetched_again(make_agent: MakeAgent, service: FakeService) -> None:
     service.offer(TWICE)
     agent = make_agent()
     agent.enrol()
     service.want(desired(TWICE, "d1"))
     progress = agent.store.folder / "progress.new"
     progress.mkdir()
-    with pytest.raises(OSError, match=r"progress\.new"):
-        agent.work_once()
-    progress.rmdir()
     agent.work_once()
     eventually(lambda: running(agent) == "d1")
+    assert agent.store.seen_version() == -1
+    progress.rmdir()
+    agent.poke(check_in=True)
+    agent.work_once()
+    assert agent.store.seen_version() == service.version
 
 
 @pytest.mark.parametrize("spoil", ["forged", "expired", "replayed", "another device's"])

@@ -147,3 +147,17 @@ def test_a_long_backlog_does_not_delay_opening(tmp_path: Path, count: int) -> No
     spool = spool_at(tmp_path, budget_bytes=10**9)
     assert len(spool) == count
     assert time.monotonic() - started_s < 0.5
+
+
+def test_a_disk_that_is_full_at_the_start_loses_nothing_that_waits_and_stops_nobody(tmp_path: Path) -> None:
+    with closing(spool_at(tmp_path)) as before:
+        before.put(reward(1), now=NOW)
+    blocked = tmp_path / "spool.sqlite3-wal"
+    blocked.unlink(missing_ok=True)
+    blocked.mkdir()
+    with closing(spool_at(tmp_path)) as meanwhile:
+        assert meanwhile.put(reward(2), now=NOW) is Kept.KEPT
+        assert ids(meanwhile) == ["r2"]
+    blocked.rmdir()
+    with closing(spool_at(tmp_path)) as after:
+        assert ids(after) == ["r1"]
