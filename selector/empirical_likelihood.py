@@ -6,7 +6,8 @@ power -2, for which everything has a closed form; worked out here as least squar
 was not seen get shares q of the total. Importance weights must average one, so q must satisfy sum q = 1 and
 sum q w = 1; the estimate takes the shares nearest to equal ones, the interval all shares within a distance that a true
 law keeps in 1 - alpha of the logs. The weight of the unseen decision is as large or as small as weights can be, its
-reward unknown. An interval holds if looked at once; `estimators.confidence_sequence` and `sequences.py` are for gates.
+reward unknown. An interval holds for dozens of decisions that count, looked at once; gates use
+`estimators.confidence_sequence` or `sequences.py`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def cressie_read(
         raise InvalidInput("largest_weight", "must be at least 1")
     number("alpha", alpha, 1e-9, 1 - 1e-9)
     log = _Log(weights, values, min(smallest_weight, float(weights.min())), max(largest_weight, float(weights.max())))
-    mean = log.estimate()
+    mean = min(max(log.estimate(), low), high)
     lowest, highest = log.bound(alpha, low, 1.0, low, high), log.bound(alpha, high, -1.0, low, high)
     size = effective_sample_size(log.weights)
     return Estimate(mean, min(lowest, mean), max(highest, mean), FIXED_N, size)
@@ -104,6 +105,8 @@ class _Log:
         """The least (sign 1) or largest (sign -1) value that shares within the distance give, the unseen decision
         having this reward."""
         count = self.weights.size
+        if count < 2:
+            return reward
         allowed = self._distance(self.unseen) + t_quantile(1.0 - alpha / 2.0, count) ** 2 / (count + 1)
         found = [self._extreme(each, reward, sign, allowed) for each in (self.smallest, self.largest)]
         values = [value for value in found if value is not None]

@@ -248,6 +248,12 @@ def test_cressie_read_by_hand() -> None:
     assert (found.low, found.high) == (0.0, 1.0)
 
 
+def test_one_decision_says_nothing() -> None:
+    for interval in (cressie_read, off_policy_sequence):
+        found = interval([1.0], [0.001], [1.0])
+        assert (found.low, found.high) == (0.0, 1.0)
+
+
 def test_cressie_read_intervals_cover_as_often_as_they_say() -> None:
     rng = np.random.default_rng(8)
     runs, hits = 400, 0
