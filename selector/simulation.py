@@ -236,7 +236,7 @@ class _Run:
         reward_noise = self._feedback.reward_noise * self._rng.standard_normal(world.device_count)
         arrivals = self._arrivals(step, fate)
         qoe = world.expected_qoe(step)
-        self._oracle[step] = qoe[:, available(world, step)].max(axis=1)
+        self._oracle[step] = qoe[:, available(world, step)].max(axis=1, initial=0.0)
         for device in range(world.device_count):
             interaction = self._decide(device, step, noise[device], float(reward_noise[device]))
             if interaction is not None and arrivals[device] >= 0:
