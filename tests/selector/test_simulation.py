@@ -67,7 +67,7 @@ def test_contenders_that_choose_alike_earn_alike_whatever_they_learn() -> None:
     traces = [
         play(
             world,
-            Contender("fixed", lambda _: FixedPolicy(key), calibrates=calibrates, masks=False, exploration=ALL),
+            Contender("fixed", lambda _: FixedPolicy(key), calibrates=each, masks=False, exploration=ALL),
             5,
         )
         for each in (True, False)
