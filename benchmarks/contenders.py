@@ -37,7 +37,7 @@ HOSTED, HOSTED_SHORTLIST = "hosted default", "hosted default, masks + shortlist"
 LITTLE = 0.002
 ALL = Exploration(epsilon=LITTLE, holdout=0.0, shortlist_size=EVERYTHING)
 SHORTLIST = Exploration(epsilon=LITTLE, holdout=0.0, shortlist_size=16)
-UNMASKED = Exploration(epsilon=LITTLE, holdout=0.0, shortlist_size=EVERYTHING, slo_violation_limit=1.0)
+NO_SLO_MASK = Exploration(epsilon=LITTLE, holdout=0.0, shortlist_size=EVERYTHING, slo_violation_limit=1.0)
 
 
 def contenders(world: World) -> tuple[Contender, ...]:
@@ -86,14 +86,18 @@ def references(world: World) -> tuple[Contender, ...]:
     return (
         Contender(RANDOM, lambda _: RandomPolicy(), role="reference", masks=False, exploration=ALL),
         Contender(
-            BEST_FIXED, lambda _: FixedPolicy(fixed[0], fixed[1:]), role="reference", masks=False, exploration=UNMASKED
+            BEST_FIXED,
+            lambda _: FixedPolicy(fixed[0], fixed[1:]),
+            role="reference",
+            masks=False,
+            exploration=NO_SLO_MASK,
         ),
         Contender(
             BEST_PER_CLASS,
             lambda _: FixedPerClassPolicy(by_class, fixed),
             role="reference",
             masks=False,
-            exploration=UNMASKED,
+            exploration=NO_SLO_MASK,
         ),
         Contender(
             ANALYTIC, lambda _: PredictionPolicy(), role="reference", uses_prediction=True, exploration=SHORTLIST
@@ -103,14 +107,38 @@ def references(world: World) -> tuple[Contender, ...]:
 
 def peers() -> tuple[Contender, ...]:
     """Everything that learns without our online calibration."""
+    return (*without_prediction(), *with_prediction(), *hosted())
+
+
+def without_prediction() -> tuple[Contender, ...]:
+    """Learners that know nothing of our prediction: neither as a feature nor through the SLO mask made of it."""
     return (
-        Contender("UCB1 per device", lambda _: Ucb1Policy(width=0.1), exploration=ALL),
-        Contender("Thompson per device", lambda _: ThompsonPolicy(noise_sd=0.1, prior=0.8), exploration=ALL),
-        Contender("LinUCB", lambda _: LinUcbPolicy(alpha=0.3), exploration=ALL),
-        Contender("LinTS", lambda _: LinTsPolicy(alpha=0.1), exploration=ALL),
+        Contender("UCB1 per device", lambda _: Ucb1Policy(width=0.1), exploration=NO_SLO_MASK),
+        Contender("Thompson per device", lambda _: ThompsonPolicy(noise_sd=0.1, prior=0.8), exploration=NO_SLO_MASK),
+        Contender("LinUCB", lambda _: LinUcbPolicy(alpha=0.1, ridge=0.2), exploration=NO_SLO_MASK),
+        Contender("LinTS", lambda _: LinTsPolicy(alpha=0.03, ridge=0.2), exploration=NO_SLO_MASK),
+        Contender(
+            "VW squarecb, flat",
+            lambda seed: FlatVowpalWabbitPolicy(
+                f"{FLAT_SQUARECB} --random_seed {seed}", learns_all_lines=False, with_device=True
+            ),
+            exploration=NO_SLO_MASK,
+        ),
+    )
+
+
+def with_prediction() -> tuple[Contender, ...]:
+    """Learners that use our uncalibrated prediction: as a feature, as what a residual is learnt of, or as a mask."""
+    return (
+        Contender(
+            "LinUCB, SLO mask",
+            lambda _: LinUcbPolicy(alpha=0.1, ridge=0.2),
+            uses_prediction=True,
+            exploration=ALL,
+        ),
         Contender(
             "LinUCB + prediction",
-            lambda _: LinUcbPolicy(alpha=0.05, with_prediction=True),
+            lambda _: LinUcbPolicy(alpha=0.03, with_prediction=True),
             uses_prediction=True,
             exploration=ALL,
         ),
@@ -122,29 +150,31 @@ def peers() -> tuple[Contender, ...]:
         ),
         Contender(
             "neural network on residual",
-            lambda seed: NeuralResidualPolicy(seed=seed),
+            lambda seed: NeuralResidualPolicy(epsilon=0.001, seed=seed),
             uses_prediction=True,
             exploration=ALL,
         ),
         Contender(
             "boosted trees on residual",
-            lambda seed: BoostedResidualPolicy(seed=seed),
+            lambda seed: BoostedResidualPolicy(epsilon=0.001, seed=seed),
             uses_prediction=True,
             exploration=ALL,
         ),
-        Contender(
-            "VW squarecb, flat",
-            lambda seed: FlatVowpalWabbitPolicy(
-                f"{FLAT_SQUARECB} --random_seed {seed}", learns_all_lines=False, with_device=True
-            ),
-            exploration=ALL,
-        ),
+    )
+
+
+def hosted() -> tuple[Contender, ...]:
+    """Vowpal Wabbit as the hosted service ran it: plain, and given our masks and the shortlist of the prediction.
+
+    The second counts as a peer without our prediction, since it does not read it: the harder reading of the target.
+    """
+    return (
         Contender(
             HOSTED,
             lambda seed: FlatVowpalWabbitPolicy(f"{HOSTED_DEFAULT} --random_seed {seed}"),
             role="hosted",
             masks=False,
-            exploration=UNMASKED,
+            exploration=NO_SLO_MASK,
         ),
         Contender(
             HOSTED_SHORTLIST,
