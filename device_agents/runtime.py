@@ -27,6 +27,9 @@ import onnxruntime as ort
 
 Array = NDArray[Any]
 
+SHORT_MS = 0.5
+SAMPLED = 8
+
 # ONNX Runtime's names of element types, and what the Open Inference Protocol and numpy call them.
 DATATYPES: Mapping[str, tuple[str, np.dtype[Any]]] = {
     "tensor(bool)": ("BOOL", np.dtype(np.bool_)),
@@ -106,21 +109,27 @@ class Session:
         # What a run of n rows takes, as (ms per row, ms): a guess that favours batches, until the warm-up measures it.
         self.line = (0.2, 0.8)
         self._output_names = [output.name for output in self.outputs]
+        self.is_batchable = all(tensor.shape[:1] == (-1,) for tensor in (*self.inputs, *self.outputs))
+        """Whether requests can be joined along axis 0: every input and output leaves its first size open."""
         self._quota = quota
         self._running = 0
+        self._runs = 0
+        self._is_short = False
+        self._cpu_share = 1.0
 
     @property
     def signature(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """What callers depend on: equal signatures can replace each other under traffic."""
         return self.inputs, self.outputs
 
-    @property
-    def is_batchable(self) -> bool:
-        """Whether requests can be joined along axis 0: every input and output leaves its first size open."""
-        return all(tensor.shape[:1] == (-1,) for tensor in (*self.inputs, *self.outputs))
-
     def run(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], RunCost]:
-        """One run; raises RunFailed. CPU time is exact with one thread, else this run's part of the process's."""
+        """One run; raises RunFailed. CPU time is exact with one thread, else this run's part of the process's.
+
+        Asking for CPU time costs as much as the shortest runs do: of those, one in ``SAMPLED`` is asked about.
+        """
+        self._runs += 1
+        if self._is_short and self._quota is None and self._runs % SAMPLED:
+            return self._run_unsampled(inputs)
         clock = time.thread_time if self.threads == 1 else time.process_time
         self._running += 1
         started_s, cpu_started_s = time.monotonic(), clock()
@@ -134,6 +143,20 @@ class Session:
             if self._quota is not None:
                 self._quota.pay(started_s=started_s, cpu_s=cpu_s)
         cost = RunCost(service_ms=(time.monotonic() - started_s) * 1000, cpu_ms=cpu_s * 1000)
+        self._is_short = cost.service_ms < SHORT_MS
+        self._cpu_share = cost.cpu_ms / max(cost.service_ms, 1e-6)
+        return dict(zip(self._output_names, outputs, strict=True)), cost
+
+    def _run_unsampled(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], RunCost]:
+        """A short run; its CPU time by the share of the last that was asked about."""
+        started_s = time.monotonic()
+        try:
+            outputs = self._session.run(self._output_names, dict(inputs))
+        except Exception as error:
+            raise RunFailed(_first_line(error)) from error
+        service_ms = (time.monotonic() - started_s) * 1000
+        self._is_short = service_ms < SHORT_MS
+        cost = RunCost(service_ms=service_ms, cpu_ms=service_ms * self._cpu_share)
         return dict(zip(self._output_names, outputs, strict=True)), cost
 
 

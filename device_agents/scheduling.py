@@ -23,7 +23,7 @@ from device_agents.control import (
     plan,
     start,
 )
-from device_agents.runtime import Session
+from device_agents.runtime import SAMPLED, SHORT_MS, Session
 from device_agents.wire import ServingConfiguration
 
 PLAN_EVERY_S = 0.2
@@ -131,6 +131,7 @@ class SloScheduler:
         self._most_at_once = min(configuration.max_concurrency, runs_at_once)
         self._rate = ArrivalRate()
         self._planned_s = -math.inf
+        self._runs = 0
         self.times = times
         self.bounds = Plan(configuration.max_batch, self._most_at_once)
 
@@ -174,7 +175,10 @@ class SloScheduler:
         return self.times.predict_ms(rows, concurrency)
 
     def observed(self, *, rows: int, service_ms: float, concurrency: int) -> None:
-        """Learns from one run."""
+        """Learns from one run; from one in ``SAMPLED`` where learning would cost more than the run."""
+        self._runs += 1
+        if service_ms < SHORT_MS and self._runs % SAMPLED:
+            return
         self.times = self.times.observed(rows=rows, service_ms=service_ms, concurrency=concurrency)
 
 
