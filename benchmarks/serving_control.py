@@ -15,14 +15,11 @@ import dataclasses
 import math
 import random
 import statistics
-import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks.serving_models import BenchmarkModel
 from device_agents.control import Choice, ServiceTimes, batch_sizes, start, utility
@@ -30,7 +27,6 @@ from device_agents.errors import Overloaded
 from device_agents.executor import Executor, ServedModel
 from device_agents.lease import LeaseAccount
 from device_agents.profiler import warm_up
-from device_agents.runtime import Array, Session
 from device_agents.scheduling import Scheduler, SloScheduler
 from device_agents.wire import ServingConfiguration
 
@@ -216,21 +212,32 @@ class Bench:
         self.capacity_rps = self._capacity()
 
     def _capacity(self) -> float:
-        """The most that any fixed setting answers when it never waits for requests."""
-        return max(
-            _saturated_rps(self._session, self._inputs, batch, concurrency)
-            for batch in batch_sizes(MAX_BATCH)
-            for concurrency in range(1, MAX_CONCURRENCY + 1)
-            if self.times.predict_ms(batch) * 1.5 <= self.slo_ms or batch == 1
-        )
+        """The most that any fixed setting answers through the executor while requests always wait."""
+        settings = [(batch, concurrency) for batch in (1, 4, MAX_BATCH) for concurrency in (1, MAX_CONCURRENCY)]
+        return max(self._saturated_rps(batch, concurrency) for batch, concurrency in settings)
+
+    def _saturated_rps(self, batch: int, concurrency: int, *, seconds: float = 0.4) -> float:
+        executor = Executor("m", queue_requests=512)
+        setting = Fixed(self.times, slo_ms=1e6, batch=batch, concurrency=concurrency, sheds=False)
+        executor.swap(self._served(), scheduler=setting)
+        waiting = deque(executor.submit(self._inputs) for _ in range(3 * MAX_BATCH))
+        answered, ends_s = 0, time.monotonic() + seconds
+        while time.monotonic() < ends_s:
+            waiting.popleft().result(20)
+            waiting.append(executor.submit(self._inputs))
+            answered += 1
+        executor.close()
+        return answered / seconds
+
+    def _served(self) -> ServedModel:
+        configuration = ServingConfiguration(max_batch=MAX_BATCH, max_concurrency=MAX_CONCURRENCY, controller=True)
+        account = LeaseAccount(slo_p95_ms=self.slo_ms, started_s=time.monotonic())
+        return ServedModel(self._session, configuration, "0" * 64, None, account, time.monotonic())
 
     def run(self, contender: Contender, rates: Sequence[tuple[float, float]], *, seed: int) -> Outcome:
         """Runs one contender under (seconds, rate) after (seconds, rate), Poisson arrivals."""
         executor = Executor("m", queue_requests=512)
-        configuration = ServingConfiguration(max_batch=MAX_BATCH, max_concurrency=MAX_CONCURRENCY, controller=True)
-        account = LeaseAccount(slo_p95_ms=self.slo_ms, started_s=time.monotonic())
-        served = ServedModel(self._session, configuration, "0" * 64, None, account, time.monotonic())
-        executor.swap(served, scheduler=contender(self.times, self.slo_ms))
+        executor.swap(self._served(), scheduler=contender(self.times, self.slo_ms))
         latencies, refused = self._offer(executor, rates, seed=seed)
         executor.close()
         seconds = sum(duration for duration, _ in rates)
@@ -260,24 +267,6 @@ class Bench:
             except Overloaded:
                 refused += 1
         return latencies, refused
-
-
-def _saturated_rps(session: Session, inputs: Mapping[str, Array], batch: int, concurrency: int) -> float:
-    joined = {name: np.repeat(array, batch, axis=0) for name, array in inputs.items()}
-    counts, ends_s = [0] * concurrency, time.monotonic() + 0.15
-
-    def work(index: int) -> None:
-        while time.monotonic() < ends_s:
-            session.run(joined)
-            counts[index] += batch
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(concurrency)]
-    started_s = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(counts) / (time.monotonic() - started_s)
 
 
 def _median(outcomes: Sequence[Outcome]) -> Outcome:

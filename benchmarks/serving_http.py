@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -226,49 +226,76 @@ def solo_ms(model: BenchmarkModel, folder: Path) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def goodput_of(
-    name: str, model: BenchmarkModel, *, slo_ms: float, seconds: float, folder: Path, loads: tuple[float, ...] = LOADS
-) -> dict[str, object]:
-    """The best setting of one server: its capacity, and its goodput at shares of that capacity."""
-    best: dict[str, object] = {"goodput_rps": 0.0}
-    for contestant in settings_of(name, model):
-        request = base64.b64encode(request_of(contestant, model)).decode()
-        with running(contestant, model, slo_ms=slo_ms, folder=folder) as (port, _):
-            capacity = capacity_rps(port, request, seconds=min(2.0, seconds))
-            rows = {}
-            for share in loads:
-                load = Load(port, request, seconds, slo_ms, 256, capacity * share, seed=7, core=CLIENT_CORE)
-                rows[share] = measure(load)
-        mean = statistics.mean(row["goodput_rps"] for row in rows.values())
-        print(f"  {contestant.label:<14} capacity {capacity:8.0f}/s  mean goodput {mean:8.1f}/s  misses", end=" ")
-        print(" ".join(f"{row['miss_share']:.3f}" for row in rows.values()), flush=True)
-        if mean > float(str(best["goodput_rps"])):
-            best = {"setting": contestant.label, "capacity_rps": capacity, "goodput_rps": mean, "rows": rows}
-    return best
+@dataclass
+class Entry:
+    """One running contestant and what it reached."""
+
+    contestant: Contestant
+    port: int
+    request: str
+    capacity_rps: float = 0.0
+    rows: dict[float, Mapping[str, float]] = field(default_factory=dict)
+    machine_ms: list[float] = field(default_factory=list)
+
+    @property
+    def goodput_rps(self) -> float:
+        """Mean over the loads."""
+        return statistics.mean(row["goodput_rps"] for row in self.rows.values())
+
+
+def goodputs(
+    names: Sequence[str], model: BenchmarkModel, *, slo_ms: float, seconds: float, folder: Path
+) -> dict[str, Entry]:
+    """The best setting of each server at shares of its own capacity.
+
+    All servers stand ready at once and take turns at each load, so that a slow moment of the machine hits all alike;
+    ``machine_ms`` is a fixed calibration loop on the server's core, timed right before each turn.
+    """
+    with contextlib.ExitStack() as stack:
+        entries = []
+        for contestant in (each for name in names for each in settings_of(name, model)):
+            port, _ = stack.enter_context(running(contestant, model, slo_ms=slo_ms, folder=folder))
+            entries.append(Entry(contestant, port, base64.b64encode(request_of(contestant, model)).decode()))
+        for entry in entries:
+            entry.capacity_rps = capacity_rps(entry.port, entry.request, seconds=min(1.5, seconds))
+        for share in LOADS:
+            for entry in entries:
+                entry.machine_ms.append(calibration_ms())
+                rate = entry.capacity_rps * share
+                load = Load(entry.port, entry.request, seconds, slo_ms, 256, rate, seed=7, core=CLIENT_CORE)
+                entry.rows[share] = measure(load)
+    for entry in entries:
+        misses = " ".join(f"{row['miss_share']:.3f}" for row in entry.rows.values())
+        best = max(row["goodput_rps"] for row in entry.rows.values())
+        print(
+            f"  {entry.contestant.label:<14} capacity {entry.capacity_rps:7.0f}/s  goodput mean"
+            f" {entry.goodput_rps:7.1f}/s best {best:7.1f}/s  misses {misses}"
+            f"  machine {statistics.median(entry.machine_ms):.0f} ms",
+            flush=True,
+        )
+    return {name: max((e for e in entries if e.contestant.name == name), key=lambda e: e.goodput_rps) for name in names}
+
+
+def calibration_ms() -> float:
+    """A fixed piece of pure Python on the server's core."""
+    program = "import time; t = time.perf_counter(); sum(n * n for n in range(300000)); print(time.perf_counter() - t)"
+    command = ["taskset", "-c", str(SERVER_CORE), sys.executable, "-S", "-c", program]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 1000
 
 
 def compare_goodput(
-    folder: Path, *, models: Sequence[BenchmarkModel] = KINDS, seconds: float, loads: tuple[float, ...] = LOADS
+    folder: Path, *, models: Sequence[BenchmarkModel] = KINDS, seconds: float
 ) -> dict[str, float | None]:
     """All servers, all kinds of models. Ratios are geometric means over the kinds."""
-    table: dict[str, dict[str, float]] = {}
     names = ["qoe-agent", *(name for name in PEERS if is_installed(name))]
+    ratios: dict[str, list[float]] = {name: [] for name in names[1:]}
     for model in models:
         slo_ms = max(10.0, model.slo_runs * solo_ms(model, folder))
         print(f"{model.name}: SLO {slo_ms:.1f} ms ({model.why})")
-        table[model.name] = {
-            name: float(
-                str(goodput_of(name, model, slo_ms=slo_ms, seconds=seconds, folder=folder, loads=loads)["goodput_rps"])
-            )
-            for name in names
-        }
-    ratios = {
-        name: [rates["qoe-agent"] / max(rates[name], 1e-9) for rates in table.values()]
-        for name in names
-        if name != "qoe-agent"
-    }
-    for name, values in ratios.items():
-        print(f"  goodput against {name}: " + ", ".join(f"{m} {v:.2f}" for m, v in zip(table, values, strict=True)))
+        found = goodputs(names, model, slo_ms=slo_ms, seconds=seconds, folder=folder)
+        for name, values in ratios.items():
+            values.append(found["qoe-agent"].goodput_rps / max(found[name].goodput_rps, 1e-9))
+            print(f"  goodput against {name}: {values[-1]:.2f}")
     means = {name: math.exp(statistics.mean(math.log(value) for value in values)) for name, values in ratios.items()}
     best = min((value for name, value in means.items() if name != "mlserver"), default=None)
     return {"goodput_vs_mlserver": means.get("mlserver"), "goodput_vs_best_peer": best}
@@ -276,13 +303,20 @@ def compare_goodput(
 
 def compare_added(folder: Path, *, repetitions: int, seconds: float, quick: bool = False) -> dict[str, float]:
     """p50 in ms of a request that costs the model nothing, one keep-alive client with pauses; medians by server."""
-    found: dict[str, float] = {}
-    for name in ["qoe-agent", *(name for name in PEERS if is_installed(name) and not quick)]:
-        contestant = Contestant(name, 1)
-        request = base64.b64encode(request_of(contestant, ECHO)).decode()
-        with running(contestant, ECHO, slo_ms=1e9, folder=folder) as (port, _):
-            load = Load(port, request, seconds, 1e9, connections=1, think_s=0.004, core=CLIENT_CORE)
-            measure(load)
-            found[name] = statistics.median(measure(load)["p50_ms"] for _ in range(repetitions))
-        print(f"  {name:<12} p50 {found[name]:.3f} ms", flush=True)
-    return found
+    names = ["qoe-agent", *(name for name in PEERS if is_installed(name) and not quick)]
+    medians: dict[str, list[float]] = {name: [] for name in names}
+    with contextlib.ExitStack() as stack:
+        loads = {}
+        for name in names:
+            contestant = Contestant(name, 1)
+            request = base64.b64encode(request_of(contestant, ECHO)).decode()
+            port, _ = stack.enter_context(running(contestant, ECHO, slo_ms=1e9, folder=folder))
+            loads[name] = Load(port, request, seconds, 1e9, connections=1, think_s=0.004, core=CLIENT_CORE)
+            measure(loads[name])
+        for _ in range(repetitions):
+            for name, load in loads.items():
+                medians[name].append(measure(load)["p50_ms"])
+    for name, values in medians.items():
+        spread = f"{min(values):.3f} to {max(values):.3f}"
+        print(f"  {name:<12} p50 {statistics.median(values):.3f} ms ({spread} in {len(values)} turns)", flush=True)
+    return {name: statistics.median(values) for name, values in medians.items()}

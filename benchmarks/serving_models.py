@@ -37,8 +37,8 @@ class BenchmarkModel:
         return {"x": np.random.default_rng(0).standard_normal((rows, *self.row)).astype(np.float32)}
 
 
-DENSE = BenchmarkModel("dense", (256,), 3.0, "weights are read once per run: batching pays")
-CONV = BenchmarkModel("conv", (3, 64, 64), 4.0, "arithmetic per row: batching does not pay")
+DENSE = BenchmarkModel("dense", (256,), 5.0, "weights are read once per run: batching pays")
+CONV = BenchmarkModel("conv", (3, 64, 64), 5.0, "arithmetic per row: batching does not pay")
 TINY = BenchmarkModel("tiny", (32,), 60.0, "a run costs next to nothing: everything else counts")
 ECHO = BenchmarkModel("echo", (16,), 100.0, "no work at all: the path to the model and back")
 KINDS = (DENSE, CONV, TINY)
