@@ -195,16 +195,17 @@ def executor() -> Iterator[Executor]:
 def test_a_request_that_would_come_too_late_is_refused_at_once_and_counted_as_a_miss(
     executor: Executor, tmp_path: Path
 ) -> None:
-    now = controlled(tmp_path, slo_p95_ms=50)
-    now.session.line = (40.0, 0.0)
+    now = controlled(tmp_path, slo_p95_ms=5000)
+    now.session.line = (2400.0, 0.0)
     executor.swap(now)
     gate = Gate(now)
     first = executor.submit(ROW)
     wait_until(lambda: not executor.pending)
+    second = executor.submit(ROW)
     with pytest.raises(Overloaded, match=r"an answer would take about \d+ ms"):
         executor.submit(ROW)
     gate.open()
-    first.result(5)
+    assert [each.result(5).outputs["y"][0, 0] for each in (first, second)] == [2, 2]
     assert executor.statistics.shed_requests == 1
     assert now.account.health()[1] == 1
 
