@@ -55,6 +55,7 @@ def derive(*, job: Job, watch: sandbox.Watch, clock: Callable[[], datetime]) -> 
     with sandbox.opened() as box:
         box.add(MODEL, artifacts.open_for_reading(base.artifact_id))
         datasets.add_to(box, job.application)
+        evaluation.add_reference(box, job.application)
         measured = evaluation.measure(box, request, watch=watch)
         with box.open(DERIVED) as derived:
             artifact = artifacts.store(derived, now=clock())
@@ -69,6 +70,7 @@ def refine_accuracy(*, job: Job, watch: sandbox.Watch) -> Variant:
     with sandbox.opened() as box:
         box.add(MODEL, artifacts.open_for_reading(job.base.artifact_id))
         datasets.add_to(box, job.application)
+        evaluation.add_reference(box, job.application)
         measured = evaluation.measure(box, {"command": "measure", "samples": None}, watch=watch)
     evaluation.record(job.base, measured)
     return job.base

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from qoe_service.catalogue.models import Variant
+from qoe_service.catalogue import artifacts
+from qoe_service.catalogue.models import Application, Variant
 from qoe_service.catalogue.sandbox import Refused, Sandbox, Watch
 
 Z_95 = 1.959964
 FIRST_LOOK_SAMPLES = 300  # enough to choose by; the rest is measured when workers have time
+REFERENCE = "reference.onnx"
 Text = Annotated[str, Field(max_length=256)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Tensor(BaseModel):
@@ -33,12 +36,38 @@ class Facts(BaseModel):
 
 
 class Score(BaseModel):
-    """Right answers on held-out data, and the instruction sets they were computed with."""
+    """How good a model is on held-out data, by what, and the instruction sets it was computed with.
 
-    correct: int = Field(ge=0)
+    Counts of right (or agreeing) answers, or for regressions the share of variance explained with its interval.
+    """
+
+    kind: Literal["top-1", "regression", "agreement"] = "top-1"
+    correct: int | None = Field(default=None, ge=0)
+    value: Share = 0.0
+    low: Share = 0.0
+    high: Share = 1.0
+    mean_absolute_error: float | None = Field(default=None, ge=0)
+    root_mean_square_error: float | None = Field(default=None, ge=0)
     samples: int = Field(gt=0)
     available: int = Field(gt=0)
     isa: Annotated[str, Field(max_length=100)]
+
+    def interval(self) -> tuple[float, float, float]:
+        """The value and its 95 % interval."""
+        if self.correct is None:
+            return self.value, self.low, self.high
+        return self.correct / self.samples, *wilson_interval(self.correct, self.samples)
+
+
+class Cut(BaseModel):
+    """A place where one tensor carries everything over; sizes per row."""
+
+    tensor: Text
+    dtype: Literal["float32", "uint8", "int8"]
+    shape: list[int] = Field(max_length=32)
+    bytes: int = Field(gt=0)
+    flops_before: float = Field(ge=0)
+    flops_after: float = Field(ge=0)
 
 
 class Measured(BaseModel):
@@ -46,6 +75,8 @@ class Measured(BaseModel):
 
     facts: Facts
     score: Score | None
+    cuts: list[Cut] = Field(default_factory=list, max_length=64)
+    no_cuts_because: Annotated[str, Field(max_length=400)] = ""
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -56,17 +87,34 @@ class Measured(BaseModel):
     def as_fields(self) -> dict[str, Any]:
         """The columns of Variant that it fills."""
         fields = self.facts.model_dump(include={"inputs", "outputs", "operators"})
+        details: dict[str, Any] = {"cuts": [cut.model_dump() for cut in self.cuts]}
+        if self.no_cuts_because:
+            details["no_cuts_because"] = self.no_cuts_because
         if self.score is None:
-            return fields
-        low, high = wilson_interval(self.score.correct, self.score.samples)
+            return {**fields, "details": details}
+        value, low, high = self.score.interval()
+        errors = self.score.model_dump(include={"mean_absolute_error", "root_mean_square_error"}, exclude_none=True)
         return {
             **fields,
-            "accuracy": self.score.correct / self.score.samples,
+            "accuracy": value,
             "accuracy_low": low,
             "accuracy_high": high,
             "accuracy_samples": self.score.samples,
             "accuracy_isa": self.score.isa,
+            "details": {**details, "accuracy": {"kind": self.score.kind, **errors}},
         }
+
+
+def add_reference(box: Sandbox, application: Application, root: Variant | None = None) -> None:
+    """Where accuracy means agreement, put the model to agree with into a sandbox: the application's first."""
+    first = root or Variant.objects.filter(application=application, base=None).order_by("pk").first()
+    if first is not None and first.details.get("accuracy", {}).get("kind") == "agreement":
+        box.add(REFERENCE, artifacts.open_for_reading(first.artifact_id))
+
+
+def accuracy_on(variant: Variant, isa: str) -> float | None:
+    """The accuracy measured on these instruction sets; None elsewhere, since 8-bit sums saturate on some processors."""
+    return variant.accuracy if variant.accuracy_isa == isa else None
 
 
 def measure(box: Sandbox, request: dict[str, Any], *, watch: Watch | None = None) -> Measured:

@@ -110,6 +110,7 @@ def _import(application: Application, path: Path, wish: Wish, now: datetime, wat
         try:
             _put_model(box, path, watch)
             datasets.add_to(box, application)
+            evaluation.add_reference(box, application)
             request = {"command": "measure", "samples": evaluation.FIRST_LOOK_SAMPLES}
             measured = evaluation.measure(box, request, watch=watch)
             # stored from the private copy: what was checked is what is kept

@@ -14,6 +14,7 @@ from . import datasets
 from .refusal import Refusal
 
 MODEL, DERIVED, DATA = Path("model.onnx"), Path("derived.onnx"), Path("data.npz")
+REFERENCE = Path("reference.onnx")  # what a model without labels is compared with
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def compress(request: dict[str, Any]) -> dict[str, Any]:
     """Derive a variant, then check and measure it like any other model."""
     from . import checks, passes  # noqa: PLC0415 - a command loads only the libraries that it uses
 
-    data = datasets.load(DATA) if DATA.exists() else None
+    data = _data()
     checks.check(MODEL)
     task = passes.Task(MODEL, DERIVED, request["parameters"], data, lambda share: tell_progress(0.6 * share))
     provenance = passes.apply(request["pass"], task)
@@ -53,15 +54,45 @@ def compress(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measured(path: Path, samples: int | None, tell: Callable[[float], None]) -> dict[str, Any]:
-    """Facts about a model, and its accuracy where there is data."""
-    from . import checks, evaluation  # noqa: PLC0415 - as above
+def split(request: dict[str, Any]) -> dict[str, Any]:
+    """Cut a model in two at a tensor, and check that the halves together are the whole."""
+    from . import checks, cuts  # noqa: PLC0415 - as above
 
-    facts = checks.check(path)
-    if not DATA.exists():
-        return {"facts": facts, "score": None}
-    data = datasets.load(DATA)
-    return {"facts": facts, "score": evaluation.top_1(path, facts, data, samples, tell)}
+    checks.check(MODEL)
+    return cuts.split(MODEL, request["tensor"], _sample(MODEL, _data()))
+
+
+def measured(path: Path, samples: int | None, tell: Callable[[float], None]) -> dict[str, Any]:
+    """Facts about a model, where it can be cut, and its accuracy where there is data."""
+    from . import checks, cuts, evaluation  # noqa: PLC0415 - as above
+
+    facts, data, score = checks.check(path), _data(), None
+    if data is not None:
+        reference = REFERENCE if REFERENCE.exists() else None
+        score = evaluation.score(path, facts, data, at_most=samples, tell=tell, reference=reference)
+    try:
+        found, reason = cuts.find(path, _sample(path, data)), ""
+    except Exception as error:  # noqa: BLE001 - a model that cannot be cut is no worse for it; the reason is told
+        found, reason = [], f"{type(error).__name__}: {error}"[:300]
+    return {"facts": facts, "score": score, "cuts": found, "no_cuts_because": reason}
+
+
+def _data() -> datasets.Dataset | None:
+    return datasets.load(DATA) if DATA.exists() else None
+
+
+def _sample(path: Path, data: datasets.Dataset | None) -> Any:
+    """Two rows of input: held-out ones where there are any, zeros otherwise."""
+    import numpy as np  # noqa: PLC0415 - as above
+    import onnx  # noqa: PLC0415 - as above
+
+    from . import checks  # noqa: PLC0415 - as above
+
+    if data is not None:
+        return np.resize(data.heldout_inputs, (2, *data.heldout_inputs.shape[1:]))
+    tensor = checks.read(path).graph.input[0].type.tensor_type
+    sizes = [max(axis.dim_value, 1) for axis in tensor.shape.dim]
+    return np.zeros((2, *sizes[1:]), dtype=onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
 
 
 def tell_progress(share: float) -> None:
@@ -70,7 +101,7 @@ def tell_progress(share: float) -> None:
     os.replace("progress.new", "progress")
 
 
-COMMANDS = {"describe-data": describe_data, "measure": measure, "compress": compress}
+COMMANDS = {"describe-data": describe_data, "measure": measure, "compress": compress, "split": split}
 
 if __name__ == "__main__":
     main()

@@ -25,7 +25,7 @@ def collect(
 
     Positions are thinned evenly so that no matrix grows beyond bounds.
     """
-    session, name = _session(model, list(axes)), model.graph.input[0].name
+    session, name = watching_session(model, list(axes)), model.graph.input[0].name
     parts: dict[str, list[Floats]] = {tensor: [] for tensor in axes}
     for start in range(0, len(inputs), BATCH):
         if task is not None:
@@ -39,7 +39,7 @@ def collect(
 
 def outputs_of(model: onnx.ModelProto, inputs: NDArray[Any], names: Sequence[str] = ()) -> list[Floats]:
     """Tensors of these names on all inputs, by default the model's first output."""
-    session, name = _session(model, names), model.graph.input[0].name
+    session, name = watching_session(model, names), model.graph.input[0].name
     wanted = list(names) or [model.graph.output[0].name]
     batches = [session.run(wanted, {name: inputs[start : start + 64]}) for start in range(0, len(inputs), 64)]
     return [np.concatenate(column).astype(np.float32) for column in zip(*batches, strict=True)]
@@ -52,7 +52,7 @@ def _thinned(rows: Floats, share: float) -> Floats:
     return rows.astype(np.float32)
 
 
-def _session(model: onnx.ModelProto, names: Sequence[str]) -> onnxruntime.InferenceSession:
+def watching_session(model: onnx.ModelProto, names: Sequence[str]) -> onnxruntime.InferenceSession:
     """A session over the model as it is written (no fusion may swallow a tensor), these tensors among its outputs."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)

@@ -10,8 +10,6 @@ import onnx
 from . import graph as graphs
 from .channel_groups import Group
 
-LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
-
 
 def shapes_of(model: onnx.ModelProto) -> dict[str, list[int]]:
     """Sizes of tensors as inferred; a free axis counts as 1."""
@@ -23,12 +21,15 @@ def shapes_of(model: onnx.ModelProto) -> dict[str, list[int]]:
 def multiplications(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]]) -> float:
     """Of one node; 0 for what is no layer or has no known shape. LSTM and its like count their matrices."""
     output = shapes.get(node.output[0], ())
-    if node.op_type == "Conv" and len(node.input) > 1:
+    if node.op_type in {"Conv", "ConvInteger"}:
         return float(np.prod(output)) * float(np.prod(shapes.get(node.input[1], (0, 0))[1:]))
-    if node.op_type in {"Gemm", "MatMul"}:
+    if node.op_type == "MatMulNBits":
+        sizes = {each.name: each.i for each in node.attribute}
+        return float(np.prod(output)) * float(sizes["K"])
+    if node.op_type in {"Gemm", "MatMul", "MatMulInteger"}:
         left = shapes.get(node.input[0], ())
         return float(np.prod(output)) * (left[-1] if left else 0)
-    if node.op_type in graphs.RECURRENT:
+    if node.op_type in graphs.RECURRENT | {"DynamicQuantizeLSTM"}:
         steps = shapes.get(node.input[0], (1,))[0]
         return float(steps * sum(np.prod(shapes.get(name, (0,))) for name in node.input[1:3]))
     return 0.0

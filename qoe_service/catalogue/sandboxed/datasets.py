@@ -1,4 +1,7 @@
-"""Reads a data set: calibration inputs, held-out inputs and held-out labels, as model-shaped arrays in one .npz."""
+"""Reads a data set: calibration inputs, held-out inputs and, where there are any, labels, in one .npz.
+
+Labels are whole numbers (classes) or floating-point numbers (targets of a regression).
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,23 @@ from numpy.typing import NDArray
 
 from .refusal import Refusal
 
-NAMES = ("calibration_inputs", "heldout_inputs", "heldout_labels")
+NAMES, LABELS = ("calibration_inputs", "heldout_inputs"), "heldout_labels"
 MAX_UNPACKED_BYTES = 2**30
 NUMBERS = "biuf"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Inputs [N, ...] of one kind; labels [N] are class numbers."""
+    """Inputs [N, ...] of one kind; labels [N] are class numbers or [N] or [N, outputs] targets, or there are none."""
 
     calibration_inputs: NDArray[Any]
     heldout_inputs: NDArray[Any]
-    heldout_labels: NDArray[np.int64]
+    heldout_labels: NDArray[Any] | None
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the labels are targets, not classes."""
+        return self.heldout_labels is not None and self.heldout_labels.dtype.kind == "f"
 
     @property
     def calibration_digest(self) -> str:
@@ -42,9 +50,11 @@ def load(path: Path) -> Dataset:
             raise Refusal(f"{name} holds {array.dtype}, not numbers")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise Refusal(f"{name} holds numbers that are not finite")
-    calibration, heldout, labels = (arrays[name] for name in NAMES)
-    _check_shapes(calibration, heldout, labels)
-    return Dataset(calibration, heldout, labels.astype(np.int64))
+    calibration, heldout, labels = arrays[NAMES[0]], arrays[NAMES[1]], arrays.get(LABELS)
+    _check_shapes(calibration, heldout)
+    if labels is not None:
+        labels = _checked_labels(labels, len(heldout))
+    return Dataset(calibration, heldout, labels)
 
 
 def describe(data: Dataset) -> dict[str, Any]:
@@ -54,7 +64,8 @@ def describe(data: Dataset) -> dict[str, Any]:
         "input_dtype": data.heldout_inputs.dtype.name,
         "calibration_samples": len(data.calibration_inputs),
         "heldout_samples": len(data.heldout_inputs),
-        "classes": int(data.heldout_labels.max()) + 1,
+        "labels": "none" if data.heldout_labels is None else "targets" if data.is_regression else "classes",
+        "classes": 0 if data.heldout_labels is None or data.is_regression else int(data.heldout_labels.max()) + 1,
     }
 
 
@@ -70,7 +81,7 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
         missing = [name for name in NAMES if name not in file.files]
         if missing:
             raise Refusal(f"the data set has no array named {' or '.join(missing)}")
-        return {name: _array(file, name) for name in NAMES}
+        return {name: _array(file, name) for name in (*NAMES, LABELS) if name in file.files}
 
 
 def _array(file: Any, name: str) -> NDArray[Any]:
@@ -83,12 +94,22 @@ def _array(file: Any, name: str) -> NDArray[Any]:
     return array
 
 
-def _check_shapes(calibration: NDArray[Any], heldout: NDArray[Any], labels: NDArray[Any]) -> None:
+def _check_shapes(calibration: NDArray[Any], heldout: NDArray[Any]) -> None:
     if calibration.ndim < 2 or not len(calibration):
         raise Refusal("calibration_inputs needs at least one sample, shaped [samples, ...]")
     if heldout.shape[1:] != calibration.shape[1:] or heldout.dtype != calibration.dtype:
         raise Refusal("heldout_inputs and calibration_inputs differ in shape or type")
-    if labels.dtype.kind not in "iu" or labels.shape != (len(heldout),) or not len(labels):
-        raise Refusal("heldout_labels must be one class number for each of heldout_inputs")
-    if labels.min() < 0:
-        raise Refusal("heldout_labels holds a negative class number")
+    if not len(heldout):
+        raise Refusal("heldout_inputs needs at least one sample")
+
+
+def _checked_labels(labels: NDArray[Any], samples: int) -> NDArray[Any]:
+    if labels.dtype.kind in "iu" and labels.shape == (samples,):
+        if labels.min() < 0:
+            raise Refusal("heldout_labels holds a negative class number")
+        return labels.astype(np.int64)
+    if labels.dtype.kind == "f" and labels.ndim in {1, 2} and len(labels) == samples:
+        return labels.astype(np.float64)
+    raise Refusal(
+        "heldout_labels must be one class number, or one number or row of numbers, for each of heldout_inputs"
+    )

@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
+from qoe_service.catalogue import artifacts, compression, imports, jobs
 from qoe_service.catalogue.evaluation import wilson_interval
+from qoe_service.catalogue.models import Variant
+from qoe_service.catalogue.sandboxed import checks, datasets, evaluation
+from tests.builders import NOW, make_application
+from tests.qoe_service.catalogue.tiny_models import dense_model, pictures, quarters, write_data, write_model
 
 
 @pytest.mark.parametrize(
@@ -27,3 +35,37 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     )
     # the standard error of the coverage is 0.0035
     assert 0.93 < covered / trials < 0.97
+
+
+def scored(tmp_path: Path, **replaced: Any) -> dict[str, Any]:
+    path = write_model(tmp_path / "dense.onnx", dense_model())
+    data = datasets.load(write_data(tmp_path / "data.npz", **replaced))
+    return evaluation.score(path, checks.check(path), data)
+
+
+def test_targets_are_judged_by_the_variance_explained(tmp_path: Path) -> None:
+    inputs, _ = pictures(200, seed=2)
+    targets = inputs.reshape(200, -1).astype(np.float64) @ quarters() / 255
+    exact = scored(tmp_path, heldout_labels=targets)
+    assert (exact["kind"], round(exact["value"], 4)) == ("regression", 1.0)
+    noise = np.random.default_rng(0).normal(scale=targets.std(axis=0), size=targets.shape)
+    noisy = scored(tmp_path, heldout_labels=targets + noise)
+    # noise as strong as the signal leaves half of the variance explained
+    assert noisy["low"] < 0.5 < noisy["high"]
+    assert noisy["root_mean_square_error"] == pytest.approx(targets.std(), rel=0.15)
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("quick_profiler")
+def test_without_labels_a_variant_is_judged_by_its_agreement_with_the_base(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data.npz", heldout_labels=None)
+    application = make_application("quarters", dataset=artifacts.store(data, now=NOW))
+    path = write_model(tmp_path / "dense.onnx", dense_model())
+    base = imports.import_model(application=application, path=path, name="dense", passes=["dynamic-int8"], now=NOW)
+    assert (base.accuracy, base.details["accuracy"]["kind"]) == (1.0, "agreement")
+    for job_id in jobs.runnable(now=NOW):
+        compression.run(job_id=job_id, clock=lambda: NOW)
+    derived = Variant.objects.get(base=base)
+    assert derived.details["accuracy"]["kind"] == "agreement"
+    assert derived.accuracy is not None
+    assert 0.95 < derived.accuracy <= 1.0

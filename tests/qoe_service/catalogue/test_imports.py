@@ -186,12 +186,12 @@ def test_a_missing_file_is_refused(application: Application, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("replaced", "reason"),
     [
-        ({"heldout_labels": None}, "no array named heldout_labels"),
+        ({"heldout_labels": np.full(200, np.nan)}, "not finite"),
         ({"calibration_inputs": np.array([{"a": 1}], dtype=object)}, "pickle"),
         ({"calibration_inputs": np.array(["text"])}, "not numbers"),
-        ({"heldout_labels": np.arange(3)}, "one class number for each"),
+        ({"heldout_labels": np.arange(3)}, "one class number, or one number"),
         ({"heldout_labels": np.full(200, -1)}, "negative"),
-        ({"heldout_labels": np.full(200, 0.5)}, "one class number for each"),
+        ({"heldout_labels": np.full((200, 2, 2), 0.5)}, "one class number, or one number"),
         ({"calibration_inputs": np.zeros((4, 1, 9, 9), dtype=np.uint8)}, "differ in shape"),
         ({"calibration_inputs": np.zeros((0, 1, 8, 8), dtype=np.uint8)}, "at least one sample"),
     ],
