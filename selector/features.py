@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -37,7 +38,7 @@ class Features:
         self._with_prediction = with_prediction
         self._slots = {"class": _Slots(CLASSES), "variant": _Slots(VARIANTS)}
         self._slots |= {"precision": _Slots(PRECISIONS), "telemetry": _Slots(TELEMETRY)}
-        self._kept: dict[tuple[int, ...], tuple[tuple[Action, ...], Floats]] = {}
+        self._kept: dict[tuple[int, ...], tuple[tuple[Action, ...], _Actions]] = {}
 
     @property
     def with_prediction(self) -> bool:
@@ -75,8 +76,8 @@ class Features:
 
     def rows(self, context: Context, candidates: Sequence[Candidate]) -> Floats:
         """Shape (len(candidates), width), every entry within about ±3; a new array."""
-        base = self._actions(tuple(candidate.action for candidate in candidates))
-        action, variant = base[:, :_ACTION], base[:, _ACTION:]
+        actions = self._actions(tuple(candidate.action for candidate in candidates))
+        action, variant = actions.rows[:, :_ACTION], actions.rows[:, _ACTION:]
         count = len(candidates)
         by_class = np.zeros((count, CLASSES * _BY_CLASS))
         slot = self._slots["class"].names.get(context.device_class)
@@ -84,23 +85,27 @@ class Features:
             by_class[:, slot * _BY_CLASS : (slot + 1) * _BY_CLASS] = _for_class(action)
         load = (action[:, :, None] * _load(context)).reshape(count, _ACTION * _LOAD)
         telemetry = (action[:, [1, 5], None] * self._telemetry(context)).reshape(count, _BY_TELEMETRY * TELEMETRY)
-        parts = [load, by_class, variant, telemetry, _switch(context, candidates)]
+        parts = [load, by_class, variant, telemetry, _switch(context, actions)]
         if self._with_prediction:
             parts.append(_predicted(context, candidates))
         return np.concatenate(parts, axis=1)
 
-    def _actions(self, actions: tuple[Action, ...]) -> Floats:
-        """What depends on the actions alone, kept by their identities: shape (actions, _ACTION + VARIANTS)."""
+    def _actions(self, actions: tuple[Action, ...]) -> _Actions:
+        """What depends on the actions alone, kept by their identities."""
         identities = tuple(map(id, actions))
         found = self._kept.get(identities)
         if found is not None:
             return found[1]
-        rows = np.array([self._action(action) for action in actions], dtype=np.float64)
+        made = _Actions(
+            np.array([self._action(action) for action in actions], dtype=np.float64),
+            [action.key for action in actions],
+            [action.variant.digest for action in actions],
+        )
         if len(self._kept) >= _MOST_KEPT:
             self._kept.clear()
         # The actions are kept too: an identity is only unique while its object lives.
-        self._kept[identities] = actions, rows
-        return rows
+        self._kept[identities] = actions, made
+        return made
 
     def _action(self, action: Action) -> list[float]:
         bounds, variant = action.configuration, action.variant
@@ -117,6 +122,15 @@ class Features:
             if slot is not None:
                 values[slot] = value
         return values
+
+
+@dataclass(frozen=True, slots=True)
+class _Actions:
+    """Of each action: its numbers, shape (actions, _ACTION + VARIANTS), key and variant."""
+
+    rows: Floats
+    keys: list[str]
+    digests: list[str]
 
 
 class _Slots:
@@ -163,18 +177,14 @@ def _for_class(action: Floats) -> Floats:
     return np.concatenate((action[:, :3], action[:, 7 : 7 + PRECISIONS]), axis=1)
 
 
-def _switch(context: Context, candidates: Sequence[Candidate]) -> Floats:
-    """Whether the action runs already, and whether its variant is on the device."""
-    running, cached = context.incumbent, context.cached_digests
-    return np.array(
-        [
-            (candidate.action.key == running, candidate.action.variant.digest in cached)
-            if cached or running
-            else (False, False)
-            for candidate in candidates
-        ],
-        dtype=np.float64,
-    )
+def _switch(context: Context, actions: _Actions) -> Floats:
+    """Whether the action runs already, and whether its variant is on the device, shape (actions, 2)."""
+    switch = np.zeros((len(actions.keys), 2))
+    if context.incumbent is not None:
+        switch[:, 0] = [key == context.incumbent for key in actions.keys]
+    if context.cached_digests:
+        switch[:, 1] = [digest in context.cached_digests for digest in actions.digests]
+    return switch
 
 
 def _predicted(context: Context, candidates: Sequence[Candidate]) -> Floats:

@@ -23,7 +23,7 @@ from selector.tabular import normals, shares_of_best
 from selector.validation import check_candidates, check_context, check_interaction, number
 
 Floats = NDArray[np.float64]
-DRAWS = 64
+DRAWS = 32
 
 
 class _LinearPolicy(Stored):
