@@ -29,6 +29,7 @@ from selector.validation import check_context, name, number
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Indices = NDArray[np.intp]
 
 EXPLOIT, UNIFORM, HOLDOUT_UNIFORM, HOLDOUT_BEST_FIXED = (
     "exploit",
@@ -205,8 +206,16 @@ class _Scored:
         wanted = [position[key] for key in (context.incumbent, context.baseline) if key is not None and key in position]
         forced = [each for each in dict.fromkeys(wanted) if self.feasible[each] and not self.uncovered[each]]
         order = np.argsort(np.where(eligible, -self.candidates.value, np.inf), kind="stable")[: int(eligible.sum())]
-        best = [index for index in order[:size].tolist() if index not in forced]
+        best = [index for index in self._variants_first(order).tolist() if index not in forced]
         return sorted(forced + best[: max(size - len(forced), 0)])
+
+    def _variants_first(self, order: Indices) -> Indices:
+        """The best action of each variant, then the others: tastes are about variants, configurations are predicted."""
+        _, first = np.unique(self.table.variant[order], return_index=True)
+        first.sort()
+        rest = np.ones(len(order), dtype=np.bool_)
+        rest[first] = False
+        return np.concatenate((order[first], order[rest]))
 
 
 def _score(

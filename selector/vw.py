@@ -6,7 +6,9 @@ injection, truncated models, options that read or write files. It takes examples
 leak), and is owned by one thread.
 
 Cost is minus the reward. The predicted QoE is a feature whose weight is taught to be -1 before any feedback,
-so a new policy follows the prediction; all other weights start at zero and learn the residual. As SquareCB
+so a new policy follows the prediction; all other weights start at zero and learn the residual. How far the residual is
+trusted follows from how well it foretold the leases that came after (``Trust``): where the prediction says all there is
+to say, what the residual learns is noise. As SquareCB
 (Foster & Rakhlin, ICML 2020) asks for, the reward of the action taken is learnt by plain least squares on
 that action's line; exploration then weighs each candidate by its gap. ``power_t 0`` keeps the learning rate,
 so that drift is followed.
@@ -41,10 +43,12 @@ Floats = NDArray[np.float64]
 Probes = list[list[float]]
 
 MAGIC = b"edge-qoe vw 1\n"
-FEATURE_SCHEMA = 1
+FEATURE_SCHEMA = 2
 PROBE_TOLERANCE = 1e-5
 LARGEST_FEATURE = 10.0
 # Warm examples count a hundredfold each: the weight of the prediction ends at -1 whatever the learning rate.
+TRUST_KEPT = 0.999
+TRUST_PRIOR = 0.1
 _WARM_STEPS, _WARM_SHARE = 300, 0.01
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]")
 
@@ -57,7 +61,7 @@ class VwSettings:
     floor.
     """
 
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     gamma: float = 30000.0
     epsilon: float = 0.01
     l2: float = 0.0
@@ -108,7 +112,7 @@ class VwSettings:
     def arguments(self) -> str:
         """The full command line."""
         return (
-            "--quiet --cb_explore_adf --cb_type mtr --squarecb --gamma_exponent 0 --power_t 0 --noconstant "
+            "--quiet --cb_explore_adf --cb_type mtr --squarecb --gamma_exponent 0 --power_t 0 --invariant --noconstant "
             f"--gamma_scale {self.gamma!r} --epsilon {self.epsilon!r} --learning_rate {self.learning_rate!r} "
             f"--l2 {self.l2!r} --bit_precision {self.bits} --random_seed {self.seed} "
             "--cb_min_cost -1 --cb_max_cost 0 "
@@ -129,11 +133,34 @@ _ALLOWED = {
 _INTEGERS: dict[str, Any] = {"bits": int, "seed": int}
 
 
+@dataclass(slots=True)
+class Trust:
+    """How much of the learnt residual is real: the slope of what came on what was foretold, over recent leases.
+
+    Each lease is foretold before it is learnt (progressive validation: Blum, Kalai & Langford, COLT 1999). ``product``
+    and ``square`` are forgetting sums; only what tells actions apart counts, not the level of a device.
+    """
+
+    product: float = TRUST_PRIOR
+    square: float = TRUST_PRIOR
+
+    @property
+    def share(self) -> float:
+        """In [0, 1]: 0 ignores the residual."""
+        return min(max(self.product / self.square, 0.0), 1.0)
+
+    def learn(self, foretold: float, came: float) -> None:
+        """One lease: the residual that was foretold for its action, and the one that came, both in QoE."""
+        self.product = TRUST_KEPT * self.product + foretold * came
+        self.square = TRUST_KEPT * self.square + foretold**2
+
+
 class VowpalWabbitPolicy:
     """SquareCB over a shortlist. Not thread-safe, not picklable: one owner, everyone else loads its bytes."""
 
     def __init__(self, settings: VwSettings | None = None) -> None:
         self._settings = settings or VwSettings()
+        self._trust = Trust()
         self._workspace: Any = vowpalwabbit.Workspace(self._settings.arguments)
         for step in range(_WARM_STEPS):
             qoe = ((step * 61) % 101) / 100.0
@@ -157,15 +184,21 @@ class VowpalWabbitPolicy:
         """
         check_context(context)
         check_candidates(candidates)
-        lines = [_shared_line(context), *(_action_line(context, each, each.prediction.bonus) for each in candidates)]
-        return _distribution(_asked(self._workspace, "\n".join(lines)), len(candidates))
+        share = self._trust.share
+        lines = [_shared_line(context)]
+        lines += [_action_line(context, each, each.prediction.bonus, share) for each in candidates]
+        answered, _ = _asked(self._workspace, "\n".join(lines))
+        return _distribution(answered, len(candidates))
 
     def learn(self, interaction: Interaction) -> None:
         """One least-squares step on the action that was taken. Raises InvalidInput, unchanged."""
         check_interaction(interaction)
         context, chosen = interaction.context, interaction.candidates[interaction.chosen]
-        example = f"{_shared_line(context)}\n0:{_fixed(-interaction.reward)}:1 {_action_line(context, chosen)}"
-        self._workspace.learn(example)
+        shared, line = _shared_line(context), _action_line(context, chosen)
+        _, (cost, level) = _asked(self._workspace, f"{shared}\n{line}\n|p none")
+        predicted = min(max(chosen.prediction.qoe, 0.0), 1.0)
+        self._trust.learn(level - cost - predicted, interaction.reward + level - predicted)
+        self._workspace.learn(f"{shared}\n0:{_fixed(-interaction.reward)}:1 {line}")
 
     def to_bytes(self) -> bytes:
         """SHA-256, header with settings, model: identical for an identical log."""
@@ -173,6 +206,7 @@ class VowpalWabbitPolicy:
         header = {
             "schema": FEATURE_SCHEMA,
             "settings": asdict(self._settings),
+            "trust": asdict(self._trust),
         }
         body = json.dumps(header, sort_keys=True).encode() + b"\n" + model
         return MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
@@ -187,9 +221,9 @@ class VowpalWabbitPolicy:
         """
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:
             raise CorruptPolicy("bytes do not match the registered digest")
-        settings, model = _opened(data)
+        settings, trust, model = _opened(data)
         policy = cls.__new__(cls)
-        policy._settings = settings
+        policy._settings, policy._trust = settings, trust
         policy._workspace = _loaded(model)
         if probes is not None:
             policy.verify(probes)
@@ -209,13 +243,15 @@ class VowpalWabbitPolicy:
             raise CorruptPolicy("does not predict its probes")
 
 
-def _asked(workspace: Any, example: str) -> object:
-    """What the model answers to one example in text. As ``Workspace.predict``, without a Python object per line: those
-    cost three times what the model does."""
+def _asked(workspace: Any, example: str) -> tuple[object, list[float]]:
+    """The distribution over the actions of one example in text, and the predicted cost of each.
+
+    As ``Workspace.predict``, without a Python object per line: those cost three times what the model does.
+    """
     lines = workspace._parse(example)
     try:
         pylibvw.vw.predict_multi(workspace, lines)
-        return lines[0].get_action_scores()
+        return lines[0].get_action_scores(), [line.get_partial_prediction() for line in lines[1:]]
     finally:
         pylibvw.vw._finish_example_multi_ex(workspace, lines)
 
@@ -263,22 +299,25 @@ def _squashed(value: float) -> float:
     return squashed if value > 0 else -squashed
 
 
-def _action_line(context: Context, candidate: Candidate, bonus: float = 0.0) -> str:
-    """Namespaces: p the prediction, w its parts (weights start at zero), a what the action is."""
+def _action_line(context: Context, candidate: Candidate, bonus: float = 0.0, trust: float = 1.0) -> str:
+    """Namespaces: p the prediction, w its parts (weights start at zero), a what the action is; both scaled by
+    trust."""
     prediction = candidate.prediction
     late = math.log(max(prediction.p95_ms, 1e-3) / context.slo_p95_ms)
+    accuracy, names = _of_action(candidate.action)
     return (
-        f"|p qoe:{min(max(prediction.qoe + bonus, -1.0), 1.0):.6f} |w hit:{prediction.slo_hit_share - 1.0:.6f}"
+        f"|p qoe:{min(max(prediction.qoe + bonus, -1.0), 1.0):.6f}"
+        f" |w:{trust:.4f} hit:{prediction.slo_hit_share - 1.0:.6f}"
         f" late:{min(max(late, -3.0), 3.0) / 3.0:.6f} risk:{prediction.slo_violation_probability:.6f}"
-        f" cpu:{_squashed(prediction.cpu_ms_per_request / 100.0):.6f}{_of_action(candidate.action)}"
+        f" cpu:{_squashed(prediction.cpu_ms_per_request / 100.0):.6f}{accuracy} |a:{trust:.4f} {names}"
     )
 
 
 _MOST_ACTIONS = 4096
-_texts: dict[int, tuple[Action, str]] = {}
+_texts: dict[int, tuple[Action, tuple[str, str]]] = {}
 
 
-def _of_action(action: Action) -> str:
+def _of_action(action: Action) -> tuple[str, str]:
     """What an action contributes wherever it is a candidate; kept by identity, which is cheaper than its hash."""
     found = _texts.get(id(action))
     if found is not None and found[0] is action:
@@ -286,10 +325,8 @@ def _of_action(action: Action) -> str:
     if len(_texts) >= _MOST_ACTIONS:
         _texts.clear()
     variant, configuration = action.variant, action.configuration
-    text = (
-        f"{_valued('accuracy', variant.accuracy - 1.0)} |a {_named('v', variant.digest[:12])}"
-        f" {_named('c', configuration.key)} {_named('p', variant.precision)}"
-    )
+    names = _named("v", variant.digest[:12]), _named("c", configuration.key), _named("p", variant.precision)
+    text = _valued("accuracy", variant.accuracy - 1.0), " ".join(names)
     _texts[id(action)] = action, text
     return text
 
@@ -340,23 +377,23 @@ def _prediction_counter(arguments: str) -> int:
     fresh, asked = vowpalwabbit.Workspace(arguments), vowpalwabbit.Workspace(arguments)
     asked.predict("shared |s x\n|p qoe:1\n|p qoe:0.5")
     before, after = _canonical(fresh), _canonical(asked)
-    offset = after.find(struct.pack("<d", 1.0))
-    while offset >= 0 and (
-        before[offset : offset + 8] != bytes(8)
-        or before[:offset] + after[offset : offset + 8] + before[offset + 8 :] != after
-    ):
-        offset = after.find(struct.pack("<d", 1.0), offset + 1)
-    if offset < 0:
-        raise PolicyFailure("this version of Vowpal Wabbit stores models in an unknown form")
-    return offset
+    for offset in range(len(before) - 7):
+        elsewhere = before[:offset] + after[offset : offset + 8] + before[offset + 8 :]
+        if elsewhere == after and _double(after, offset) == _double(before, offset) + 1:
+            return offset
+    raise PolicyFailure("this version of Vowpal Wabbit stores models in an unknown form")
+
+
+def _double(data: bytes, offset: int) -> float:
+    return float(struct.unpack_from("<d", data, offset)[0])
 
 
 def _without_prediction_counter(model: bytes, arguments: str) -> bytes:
     offset = _prediction_counter(arguments)
-    return model[:offset] + bytes(8) + model[offset + 8 :]
+    return model[:offset] + struct.pack("<d", 1.0) + model[offset + 8 :]
 
 
-def _opened(data: bytes) -> tuple[VwSettings, bytes]:
+def _opened(data: bytes) -> tuple[VwSettings, Trust, bytes]:
     if not data.startswith(MAGIC):
         raise CorruptPolicy("is no Vowpal Wabbit policy")
     digest, _, body = data[len(MAGIC) :].partition(b"\n")
@@ -367,7 +404,8 @@ def _opened(data: bytes) -> tuple[VwSettings, bytes]:
         header = json.loads(line)
         if header["schema"] != FEATURE_SCHEMA:
             raise CorruptPolicy(f"has feature schema {header['schema']}, this code reads {FEATURE_SCHEMA}")
-        return _settings_from(header["settings"]), model
+        sums = {name: number(f"trust.{name}", header["trust"][name], -1e9, 1e9) for name in ("product", "square")}
+        return _settings_from(header["settings"]), Trust(**sums), model
     except (ValueError, KeyError, TypeError, InvalidInput) as error:
         raise CorruptPolicy(f"header cannot be read: {error!r}") from error
 

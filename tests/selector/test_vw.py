@@ -161,3 +161,43 @@ def test_the_floor_holds_for_every_candidate() -> None:
     policy = VowpalWabbitPolicy(VwSettings(epsilon=0.08))
     probabilities = policy.probabilities(context(), candidates(*np.linspace(0.1, 0.9, 16).tolist()))
     assert probabilities.min() >= 0.08 / 16 * 0.99
+
+
+def taught(policy: VowpalWabbitPolicy, likes: float, noise_sd: float, count: int = 300) -> VowpalWabbitPolicy:
+    """Leases of two actions with equal predictions; the second is liked better by so much."""
+    rng = np.random.default_rng(7)
+    for number in range(count):
+        chosen = number % 2
+        reward = min(max(0.6 + likes * chosen + noise_sd * float(rng.standard_normal()), 0.0), 1.0)
+        where = context(device=f"device-{number % 10}", features={"battery": float(rng.random())})
+        policy.learn(
+            interaction(
+                decision_id=f"d-{number}", context=where, candidates=candidates(0.6, 0.6), chosen=chosen, reward=reward
+            )
+        )
+    return policy
+
+
+def test_what_users_like_better_is_chosen_though_no_prediction_shows_it() -> None:
+    policy = taught(VowpalWabbitPolicy(), likes=0.2, noise_sd=0.05)
+    assert policy.probabilities(context(device="device-3"), candidates(0.6, 0.6))[1] > 0.95
+    assert policy.probabilities(context(device="never-seen"), candidates(0.6, 0.6))[1] > 0.9
+
+
+def test_where_predictions_say_all_the_noise_that_was_learnt_is_not_trusted() -> None:
+    """A lead of 0.02 in the prediction stands against everything learnt from 300 noisy leases."""
+    policy = taught(VowpalWabbitPolicy(), likes=0.0, noise_sd=0.3)
+    for device in range(10):
+        leading = policy.probabilities(context(device=f"device-{device}"), candidates(0.62, 0.6))
+        assert leading[0] > 0.9
+
+
+def test_features_that_were_small_at_first_do_not_explode_later() -> None:
+    policy = VowpalWabbitPolicy()
+    for number in range(50):
+        near = tuple(candidate(each, 0.9, 0.5, prediction=prediction(0.9, slo_hit_share=1 - 1e-5)) for each in (0, 1))
+        policy.learn(interaction(decision_id=f"d-{number}", candidates=near, chosen=number % 2, reward=0.85))
+    far = tuple(
+        candidate(each, 0.9 - 0.4 * each, prediction=prediction(0.9 - 0.4 * each, slo_hit_share=0.1)) for each in (0, 1)
+    )
+    assert policy.probabilities(context(), far)[0] > 0.95
