@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPRegressor
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # ships no types
 
 from selector.errors import InvalidInput, PolicyFailure
 from selector.features import Features
@@ -36,6 +37,8 @@ FLAT_SQUARECB = (
     "--cb_type mtr -q ca -q da -q cf -q df --cubic caf"
 )
 FIRST_FIT, MOST_ROWS = 60, 20_000
+# One thread each: threads that wait for one another on busy cores cost scikit-learn a factor of twenty.
+THREADS = ThreadpoolController()
 
 
 class Regressor(Protocol):
@@ -92,7 +95,9 @@ class _ResidualPolicy(Stored):
         check_candidates(candidates)
         scores = np.array([candidate.prediction.qoe for candidate in candidates])
         if self._regressor is not None:
-            scores = scores + self._regressor.predict(self._features.rows(context, candidates))
+            rows = self._features.rows(context, candidates)
+            with THREADS.limit(limits=1):
+                scores = scores + self._regressor.predict(rows)
         return mostly(int(np.argmax(scores)), len(candidates), self._epsilon)
 
     def learn(self, interaction: Interaction) -> None:
@@ -111,7 +116,7 @@ class _ResidualPolicy(Stored):
             return
         first = max(count - MOST_ROWS, 0)
         regressor = self._regressor_of(self._seed)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), THREADS.limit(limits=1):
             warnings.simplefilter("ignore", ConvergenceWarning)  # the number of passes is a setting
             regressor.fit(np.array(self._rows[first:count]), np.array(self._targets[first:count]))
         self._regressor = regressor
