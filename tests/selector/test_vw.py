@@ -190,14 +190,3 @@ def test_where_predictions_say_all_the_noise_that_was_learnt_is_not_trusted() ->
     for device in range(10):
         leading = policy.probabilities(context(device=f"device-{device}"), candidates(0.62, 0.6))
         assert leading[0] > 0.9
-
-
-def test_features_that_were_small_at_first_do_not_explode_later() -> None:
-    policy = VowpalWabbitPolicy()
-    for number in range(50):
-        near = tuple(candidate(each, 0.9, 0.5, prediction=prediction(0.9, slo_hit_share=1 - 1e-5)) for each in (0, 1))
-        policy.learn(interaction(decision_id=f"d-{number}", candidates=near, chosen=number % 2, reward=0.85))
-    far = tuple(
-        candidate(each, 0.9 - 0.4 * each, prediction=prediction(0.9 - 0.4 * each, slo_hit_share=0.1)) for each in (0, 1)
-    )
-    assert policy.probabilities(context(), far)[0] > 0.95
