@@ -7,6 +7,7 @@ ones; the hosted default stands as it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +36,11 @@ HOSTED, HOSTED_SHORTLIST = "hosted default", "hosted default, masks + shortlist"
 
 # A policy that explores by itself needs little more; some must remain, or its propensities would be zero.
 LITTLE = 0.002
-ALL = Exploration(epsilon=LITTLE, holdout=0.0, shortlist_size=EVERYTHING)
-SHORTLIST = Exploration(epsilon=LITTLE, holdout=0.0, shortlist_size=16)
-NO_SLO_MASK = Exploration(epsilon=LITTLE, holdout=0.0, shortlist_size=EVERYTHING, slo_violation_limit=1.0)
+# The horizon, the aversion to risk and the budget are ours alone.
+ALL = Exploration(epsilon=LITTLE, holdout=0.0, shortlist_size=EVERYTHING, horizon=0.0, risk_aversion=0.0)
+SHORTLIST = replace(ALL, shortlist_size=16)
+NO_SLO_MASK = replace(ALL, slo_violation_limit=1.0)
+BUDGET = 0.05
 
 
 def contenders(world: World) -> tuple[Contender, ...]:
@@ -53,7 +56,7 @@ def ours() -> Contender:
         role="ours",
         calibrates=True,
         uses_prediction=True,
-        exploration=Exploration(epsilon=LITTLE, holdout=0.0),
+        exploration=Exploration(epsilon=LITTLE, holdout=0.0, budget=BUDGET),
     )
 
 
