@@ -36,6 +36,11 @@ FLAT_SQUARECB = (
     "--cb_explore_adf --squarecb --gamma_scale 1000 --gamma_exponent 0 --epsilon 0.01 -l 0.1 --power_t 0 "
     "--cb_type mtr -q ca -q da -q cf -q df --cubic caf"
 )
+# Options may read and write files: only these are taken.
+OPTIONS = frozenset(
+    "--cb_explore_adf --squarecb --gamma_scale --gamma_exponent --softmax --lambda --epsilon --cb_type -l --power_t -q "
+    "--cubic -b --random_seed".split()
+)
 FIRST_FIT, MOST_ROWS = 60, 20_000
 # One thread each: threads that wait for one another on busy cores cost scikit-learn a factor of twenty.
 THREADS = ThreadpoolController()
@@ -164,8 +169,12 @@ class FlatVowpalWabbitPolicy(Stored):
     def __init__(
         self, arguments: str = HOSTED_DEFAULT, learns_all_lines: bool = True, with_device: bool = False
     ) -> None:
-        if not isinstance(arguments, str) or "--cb_explore_adf" not in arguments.split():
+        words = arguments.split() if isinstance(arguments, str) else []
+        if "--cb_explore_adf" not in words:
             raise InvalidInput("arguments", "must contain --cb_explore_adf")
+        for word in words:
+            if word.startswith("-") and word not in OPTIONS:
+                raise InvalidInput("arguments", f"may not contain {word[:40]!r}")
         self._arguments, self._learns_all_lines, self._with_device = arguments, learns_all_lines, with_device
         self._workspace: Any = vowpalwabbit.Workspace(f"--quiet {arguments}")
         self._log: list[bytes] = []

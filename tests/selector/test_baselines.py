@@ -235,6 +235,7 @@ BAD_SETTINGS: list[tuple[Callable[[], object], str]] = [
     (lambda: PreferencePolicy(drift_sd=float("inf")), "drift_sd"),
     (lambda: NeuralResidualPolicy(seed=-1), "seed"),
     (lambda: FlatVowpalWabbitPolicy("--epsilon 0.1"), "arguments"),
+    (lambda: FlatVowpalWabbitPolicy("--cb_explore_adf -f /tmp/model"), "arguments"),
 ]
 
 
