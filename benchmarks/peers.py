@@ -37,10 +37,10 @@ FLAT_SQUARECB = (
     "--cb_type mtr -q ca -q da -q cf -q df --cubic caf"
 )
 # Options may read and write files: only these are taken.
-OPTIONS = frozenset(
-    "--cb_explore_adf --squarecb --gamma_scale --gamma_exponent --softmax --lambda --epsilon --cb_type -l --power_t -q "
-    "--cubic -b --random_seed".split()
-)
+OPTIONS = frozenset((
+    "--cb_explore_adf", "--squarecb", "--gamma_scale", "--gamma_exponent", "--softmax", "--lambda", "--epsilon",
+    "--cb_type", "-l", "--power_t", "-q", "--cubic", "-b", "--random_seed",
+))  # fmt: skip
 FIRST_FIT, MOST_ROWS = 60, 20_000
 # One thread each: threads that wait for one another on busy cores cost scikit-learn a factor of twenty.
 THREADS = ThreadpoolController()
