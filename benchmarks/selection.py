@@ -9,7 +9,8 @@ from one run; under one seed all contenders meet the same devices and the same n
 * after 5: the same for decisions 6 to 10 of each device. last 20: the last 20.
 * SLO misses: share of decisions whose action's true p95 is above the SLO, or that failed. The oracle's own is printed.
 * recovery: decisions per device after the OS update until the fleet's QoE, mean of three steps, all seeds pooled, is
-  within 2 points of the oracle. In brackets: of the devices that the update changed. "never": not within the run.
+  within 2 points of the oracle. In brackets: of the devices that the update changed. "never": not within the run; the
+  JSON object then holds the number of decisions that were left.
 * budget violations: share of devices whose cumulative QoE ever falls below 95 % of the baseline's after 10 decisions; a
   "!" marks that a whole fleet did in some seed.
 * learning peer: every learning contender without our online calibration. ``regret_vs_best_learner_with_prior`` is
