@@ -11,6 +11,7 @@ from types import FrameType
 
 import uvicorn
 
+from device_agents.connection import BoundedConnection
 from device_agents.errors import BadConfiguration
 from device_agents.server import InferenceServer
 
@@ -24,7 +25,7 @@ class QuietServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=BoundedConnection,
                 loop="uvloop",
                 ws="none",
                 lifespan="off",
