@@ -9,8 +9,9 @@ django_application = get_asgi_application()
 
 from django.conf import settings  # noqa: E402 - after Django is set up
 
-from qoe_service.transport import SharedThreadHandler, limit_bodies, route_wake_ups  # noqa: E402
+from qoe_service.transport import LookHandler, SharedThreadHandler, limit_bodies, route  # noqa: E402
 
 application = limit_bodies(
-    route_wake_ups(wake_up=SharedThreadHandler(), everything_else=django_application), settings.MAX_BODY_BYTES
+    route(wake_ups=SharedThreadHandler(), looks=LookHandler(), everything_else=django_application),
+    settings.MAX_BODY_BYTES,
 )

@@ -1,4 +1,6 @@
-"""What stands between the ASGI server and Django: a limit on bodies, and wake-up streams without a thread each."""
+"""What stands between the ASGI server and Django: a limit on bodies, wake-up streams without a thread each, and a short
+way for the looks that follow when a whole fleet is woken.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,15 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from io import BytesIO
 from typing import Any
 
-from django.core.handlers.asgi import ASGIHandler
+from django.core.handlers.asgi import ASGIHandler, ASGIRequest
+from django.core.handlers.base import BaseHandler
+from django.db import connection
+from django.http import HttpResponse
 
 from qoe_service.observability import adopt_trace_id, new_trace_id
 from qoe_service.problems import CONTENT_TYPE, headers_of, problem_of, too_large
@@ -23,6 +30,9 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _WAKE_UP_PATH = re.compile(r"^/api/v1/devices/[^/]+/wake-up$")
+_LOOK_PATH = re.compile(r"^/api/v1/devices/[^/]+/desired$")
+# So few that a fleet which looks at once leaves the interpreter to the console now and then.
+LOOK_THREADS = 2
 # A client that is still sending sees a reset instead of our answer, so some of the rest is read and thrown away.
 DRAINED_FACTOR = 8
 DRAINED_S = 10.0
@@ -39,12 +49,46 @@ class SharedThreadHandler(ASGIHandler):
         await self.handle(scope, receive, send)
 
 
-def route_wake_ups(wake_up: Application, everything_else: Application) -> Application:
-    """Sends wake-up streams to one application and the rest to the other."""
+class LookHandler(BaseHandler):
+    """Django's handler for looks at the desired document: all of it on one of a few threads that keep a connection.
+
+    Under ASGI Django changes threads for every synchronous middleware, and gives each request a thread and a database
+    connection of its own; a look costs less than that. Views and middleware are the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.load_middleware()
+        self._threads = ThreadPoolExecutor(LOOK_THREADS, thread_name_prefix="look")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del receive  # a GET: whatever body it may have is not read
+        answer = await asyncio.get_running_loop().run_in_executor(self._threads, self._answer, scope)
+        answer.setdefault("Content-Length", str(len(answer.content)))
+        headers = [(name.lower().encode("ascii"), value.encode("latin1")) for name, value in answer.items()]
+        await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.content})
+
+    def _answer(self, scope: Scope) -> HttpResponse:
+        answer = self.get_response(ASGIRequest(scope, BytesIO()))
+        assert isinstance(answer, HttpResponse), "a look is answered at once, not streamed"
+        if connection.errors_occurred:
+            connection.close()
+        return answer
+
+
+def route(*, wake_ups: Application, looks: Application, everything_else: Application) -> Application:
+    """Sends wake-up streams and looks at desired documents to applications of their own, and the rest to the third."""
+
+    def choose(scope: Scope) -> Application:
+        if scope["type"] != "http" or scope["method"] != "GET":
+            return everything_else
+        if _WAKE_UP_PATH.match(scope["path"]):
+            return wake_ups
+        return looks if _LOOK_PATH.match(scope["path"]) else everything_else
 
     async def routed(scope: Scope, receive: Receive, send: Send) -> None:
-        is_wake_up = scope["type"] == "http" and _WAKE_UP_PATH.match(scope["path"])
-        await (wake_up if is_wake_up else everything_else)(scope, receive, send)
+        await choose(scope)(scope, receive, send)
 
     return routed
 

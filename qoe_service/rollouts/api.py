@@ -32,7 +32,7 @@ def desired_document(request: HttpRequest, device_id: Identifier) -> HttpRespons
     version = desired.version_of(device_id=device.pk)
     if desired.etag_of(version) in parse_etags(request.headers.get("If-None-Match", "")):
         return HttpResponse(status=304, headers={"ETag": desired.etag_of(version)})
-    answer = desired.signed(device=device, now=timezone.now())
+    answer = desired.signed(device=device, version=version, now=timezone.now())
     return HttpResponse(
         answer.model_dump_json(),
         content_type="application/json",

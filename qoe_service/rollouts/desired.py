@@ -41,16 +41,17 @@ def check_in_interval_s(rng: random.Random) -> float:
     return settings.CHECK_IN_INTERVAL_S * rng.uniform(1 - share, 1 + share)
 
 
-def signed(*, device: Device, now: datetime) -> SignedDesired:
+def signed(*, device: Device, version: int, now: datetime) -> SignedDesired:
     """The document as the text that is signed, with a signature by every key in use."""
-    text = document(device=device, now=now).model_dump_json()
+    text = document(device=device, version=version, now=now).model_dump_json()
     return SignedDesired(document=text, signatures=keys.sign(text=text, now=now))
 
 
-def document(*, device: Device, now: datetime) -> DesiredState:
-    """Everything that the device should run."""
-    # Read before the assignments: a change in between then shows under the old version and comes once more.
-    version = version_of(device_id=device.pk)
+def document(*, device: Device, version: int, now: datetime) -> DesiredState:
+    """Everything that the device should run.
+
+    ``version`` was read before: a change since then shows under the old version, and comes once more.
+    """
     assignments = Assignment.objects.filter(device=device).select_related("decision", "application")
     decided = [(each, each.decision) for each in assignments if each.decision is not None]
     variants = _variants(each for each, _ in decided)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from device_agents.wire import Problem
+from device_agents.wire import Problem, SignedDesired
+from qoe_service.transport import LOOK_THREADS
 from tests.qoe_service.served import MAX_BODY_BYTES, Served
 
 ENROL = "/api/v1/devices/enrol"
@@ -55,3 +56,33 @@ def test_an_endless_body_is_cut_off(served: Served) -> None:
         httpx.post(served.url + ENROL, content=endless())
     assert sent_bytes < 400 * MAX_BODY_BYTES, "more than was drained and lay in the sockets' buffers"
     assert httpx.get(served.url + "/healthz").status_code == 200
+
+
+def test_a_look_goes_the_short_way_and_is_answered_as_any_other_request(served: Served) -> None:
+    [device] = served.enrol("looking")
+    [other] = served.enrol("another")
+    url = f"{served.url}/api/v1/devices/{device.device_id}/desired"
+    mine = {"Authorization": f"Bearer {device.credential}", "traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    found = httpx.get(url, headers=mine)
+    assert found.status_code == 200
+    assert SignedDesired.model_validate_json(found.content).signatures
+    assert found.headers["X-Trace-Id"] == "a" * 32
+    assert httpx.get(url, headers=mine | {"If-None-Match": found.headers["ETag"]}).status_code == 304
+    for headers, status in ((mine | {"Authorization": f"Bearer {other.credential}"}, 403), ({}, 401)):
+        refused = httpx.get(url, headers=headers)
+        assert refused.status_code == Problem.model_validate_json(refused.content).status == status
+
+
+def test_looks_share_a_few_database_connections_and_outlive_a_database_that_fails(served: Served) -> None:
+    [device] = served.enrol("looking-often")
+    url = f"{served.url}/api/v1/devices/{device.device_id}/desired"
+    mine = {"Authorization": f"Bearer {device.credential}"}
+    with httpx.Client(headers=mine) as client:
+        assert {client.get(url).status_code for _ in range(20)} == {200}
+        assert served.open_database_files() <= LOOK_THREADS + 1
+        served.execute("ALTER TABLE rollouts_desiredversion RENAME TO gone")
+        try:
+            assert client.get(url).status_code == 500
+        finally:
+            served.execute("ALTER TABLE gone RENAME TO rollouts_desiredversion")
+        assert client.get(url).status_code == 200

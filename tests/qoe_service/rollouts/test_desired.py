@@ -90,7 +90,7 @@ def test_the_fallback_is_the_last_good_variant_or_the_baseline_but_never_the_one
     site.application.save()
     decision = make_decision(site.device, site.application, site.small, state="pending")
     make_assignment(site.device, site.application, decision, last_good_digest=digests[last_good])
-    [application] = desired.document(device=site.device, now=NOW).applications
+    [application] = desired.document(device=site.device, version=1, now=NOW).applications
     found = application.fallback.digest if application.fallback else None
     assert found == (digests[expected] if expected else None)
 
@@ -99,5 +99,5 @@ def test_the_health_gate_is_the_applications(site: Site) -> None:
     site.application.health_gate = {"min_requests": 3, "soak_s": 0.5}
     site.application.save()
     make_assignment(site.device, site.application, make_decision(site.device, site.application, site.small))
-    [application] = desired.document(device=site.device, now=NOW).applications
+    [application] = desired.document(device=site.device, version=1, now=NOW).applications
     assert (application.health_gate.min_requests, application.health_gate.soak_s) == (3, 0.5)

@@ -1,0 +1,525 @@
+"""What the delivery benchmark stands on: real agent processes, and a small service on a real socket that can be slow.
+
+The service decides nothing: it offers what a scenario wants, signs it as the real one does, and keeps what it is told.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import cache, partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from onnx import TensorProto, helper
+
+from device_agents.store import Identity, Record, Store
+from device_agents.wire import (
+    CheckIn,
+    CheckInReply,
+    DesiredApplication,
+    DesiredState,
+    FeedbackBatch,
+    FeedbackBatchReply,
+    FeedbackResult,
+    FeedbackStatus,
+    HealthGate,
+    OutcomeReport,
+    ServingConfiguration,
+    Signature,
+    SignedDesired,
+    TrustedKey,
+    UpdateState,
+    VariantReference,
+    WakeUp,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+APPLICATION = "digits"
+DEVICE_ID = "device-1"
+WIDTH = 4
+SEND_BYTES = 16_384
+SHIM = Path(__file__).with_name("device_shim.c")
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """An ONNX file. ``factor`` is what it multiplies by, so that every answer tells which model gave it."""
+
+    content: bytes
+    factor: float = 0.0
+
+    @property
+    def digest(self) -> str:
+        """sha256, as the wire has it."""
+        return hashlib.sha256(self.content).hexdigest()
+
+
+def scaling(factor: float, *, size_bytes: int = 0, seed: int = 0) -> Model:
+    """y = x * factor for rows of four, with that many bytes of ballast; infinite factors fail every warm-up."""
+    constants = [helper.make_tensor("factor", TensorProto.FLOAT, [1], [factor])]
+    if size_bytes:
+        constants.append(
+            helper.make_tensor("ballast", TensorProto.UINT8, [size_bytes], _ballast(size_bytes, seed), raw=True)
+        )
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "factor"], ["y"])],
+        "scaling",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", WIDTH])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", WIDTH])],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return Model(model.SerializeToString(), factor)
+
+
+@cache
+def _ballast(size_bytes: int, seed: int) -> bytes:
+    return np.random.default_rng(seed).bytes(size_bytes)
+
+
+# -- the service -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RigService:
+    """Desired documents, artifacts, wake-ups and feedback over HTTP/1.1. Its attributes may change at any time."""
+
+    rate_bytes_per_s: float | None = None
+    is_holding: bool = False
+    """Keeps every request for the desired document waiting until it is released."""
+    artifacts: dict[str, bytes] = field(default_factory=dict)
+    applications: tuple[DesiredApplication, ...] = ()
+    version: int = 0
+    outcomes: list[OutcomeReport] = field(default_factory=list)
+    check_ins: list[CheckIn] = field(default_factory=list)
+    fed_back: Counter[str] = field(default_factory=Counter)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    expires: timedelta = timedelta(days=1)
+
+    def __post_init__(self) -> None:
+        self._key = Ed25519PrivateKey.generate()
+        rig = self
+
+        class Handler(_Handler):
+            service = rig
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.changed:
+            self.is_holding = False
+            self.version = -1
+            self.changed.notify_all()
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def port(self) -> int:
+        """Where it listens, on loopback."""
+        return int(self._server.server_address[1])
+
+    @property
+    def trusted_key(self) -> TrustedKey:
+        """What a device must know to believe it."""
+        return TrustedKey(key_id="k1", public_key=base64.b64encode(self._key.public_key().public_bytes_raw()).decode())
+
+    def want(self, *applications: DesiredApplication) -> None:
+        """A new desired document, and a wake-up."""
+        with self.changed:
+            self.applications = applications
+            self.version += 1
+            self.changed.notify_all()
+
+    def hold(self, is_holding: bool) -> None:
+        """Keeps documents back, or lets them go."""
+        with self.changed:
+            self.is_holding = is_holding
+            self.changed.notify_all()
+
+    def wait_for(self, is_true: Callable[[], bool], timeout_s: float = 30.0) -> bool:
+        """Waits for something that a device tells."""
+        with self.changed:
+            return self.changed.wait_for(is_true, timeout_s)
+
+    def is_past(self, version: int) -> bool:
+        """Whether the desired document is another than that one."""
+        return self.version != version
+
+    def ended(self, decision_id: str) -> OutcomeReport | None:
+        """How a decision ended, once the device has told so."""
+        return next((outcome for outcome in self.outcomes if outcome.decision_id == decision_id), None)
+
+    def document(self) -> SignedDesired:
+        """The desired document with its signature."""
+        now = datetime.now(UTC)
+        text = DesiredState(
+            version=self.version,
+            device_id=DEVICE_ID,
+            issued_at=now,
+            expires_at=now + self.expires,
+            applications=self.applications,
+        ).model_dump_json()
+        value = base64.b64encode(self._key.sign(text.encode())).decode()
+        return SignedDesired(document=text, signatures=(Signature(key_id="k1", value=value),))
+
+
+def decision(
+    model: Model,
+    decision_id: str,
+    *,
+    soak_s: float = 0.0,
+    min_requests: int = 0,
+    max_batch: int = 4,
+    lease_s: float = 3600.0,
+) -> DesiredApplication:
+    """A decision for a model; by default it is committed on the warm-up alone."""
+    return DesiredApplication(
+        application=APPLICATION,
+        model_name=APPLICATION,
+        decision_id=decision_id,
+        variant=VariantReference(
+            digest=model.digest,
+            name="variant",
+            size_bytes=len(model.content),
+            url=f"/artifacts/sha256/{model.digest}",
+        ),
+        serving=ServingConfiguration(max_batch=max_batch),
+        health_gate=HealthGate(min_requests=min_requests, soak_s=soak_s),
+        lease_s=lease_s,
+        slo_p95_ms=1000,
+    )
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    service: RigService
+
+    def do_GET(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.path.startswith("/artifacts/"):
+                self._artifact()
+            elif self.path.endswith("/wake-up"):
+                self._wake_up()
+            else:
+                self._desired()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        with contextlib.suppress(OSError):
+            self._check_in(body) if self.path.endswith("/check-in") else self._feedback(body)
+
+    def _check_in(self, body: bytes) -> None:
+        message, rig = CheckIn.model_validate_json(body), self.service
+        with rig.changed:
+            rig.check_ins.append(message)
+            rig.outcomes.extend(message.outcomes)
+            rig.changed.notify_all()
+        reply = CheckInReply(check_in_interval_s=30, desired_version=max(0, rig.version), server_time=datetime.now(UTC))
+        self._answer(reply.model_dump_json().encode())
+
+    def _feedback(self, body: bytes) -> None:
+        batch, rig = FeedbackBatch.model_validate_json(body), self.service
+        with rig.changed:
+            rig.fed_back.update(item.id for item in batch.items)
+            rig.changed.notify_all()
+        results = tuple(FeedbackResult(id=item.id, status=FeedbackStatus.ACCEPTED) for item in batch.items)
+        self._answer(FeedbackBatchReply(results=results).model_dump_json().encode())
+
+    def _desired(self) -> None:
+        rig = self.service
+        with rig.changed:
+            rig.changed.wait_for(lambda: not rig.is_holding, 9.0)
+            etag, document = f'"{rig.version}"', rig.document()
+        if self.headers.get("If-None-Match") == etag:
+            self._answer(b"", status=304)
+        else:
+            self._answer(document.model_dump_json().encode(), {"ETag": etag})
+
+    def _wake_up(self) -> None:
+        rig, told = self.service, 0
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        while True:
+            with rig.changed:
+                rig.changed.wait_for(partial(rig.is_past, told), 5.0)
+                told, last = rig.version, told
+            if told < 0:
+                return
+            words = f"event: wake\ndata: {WakeUp(version=told).model_dump_json()}\n\n" if told != last else ": beat\n\n"
+            self.wfile.write(words.encode())
+
+    def _artifact(self) -> None:
+        digest = self.path.rsplit("/", 1)[-1]
+        content, start = self.service.artifacts[digest], 0
+        if self.headers.get("If-Range") == f'"{digest}"':
+            start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        headers = {"ETag": f'"{digest}"', "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        self._begin(200 if start == 0 else 206, len(content) - start, headers)
+        for offset in range(start, len(content), SEND_BYTES):
+            piece = content[offset : offset + SEND_BYTES]
+            self.wfile.write(piece)
+            if (rate := self.service.rate_bytes_per_s) is not None:
+                time.sleep(len(piece) / rate)
+
+    def _answer(self, body: bytes, headers: Mapping[str, str] | None = None, *, status: int = 200) -> None:
+        self._begin(status, len(body), headers or {})
+        self.wfile.write(body)
+
+    def _begin(self, status: int, length: int, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(length), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def handle(self) -> None:
+        """A device that is killed hangs up without a word."""
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: a benchmark prints its table only."""
+
+
+# -- the device --------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """A port that nobody listens at just now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def compiled_shim(folder: Path) -> Path | None:
+    """The shim as a library to preload; None where there is no C compiler."""
+    compiler, library = shutil.which("cc"), folder / "device_shim.so"
+    if compiler is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SHIM)], check=True)
+    return library
+
+
+class Device:
+    """One state folder and the agent process that runs on it, again and again."""
+
+    def __init__(
+        self,
+        folder: Path,
+        service: RigService,
+        *,
+        service_port: int | None = None,
+        environment: Mapping[str, str] | None = None,
+        file_limit_bytes: int | None = None,
+        core: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self.store = Store(folder, disk_budget_bytes=2**40)
+        url = f"http://127.0.0.1:{service_port or service.port}"
+        identity = Identity(service_url=url, device_id=DEVICE_ID, credential="c", trusted_keys=(service.trusted_key,))
+        self.store.save_identity(identity)
+        self.port = free_port()
+        self._environment = dict(environment or {})
+        self._url = url
+        self._file_limit_bytes = file_limit_bytes
+        self._core = core
+        self._process: subprocess.Popen[bytes] | None = None
+        self._record_file = folder / "applications" / f"{APPLICATION}.json"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        """Of the running agent."""
+        assert self._process is not None, "the agent was started"
+        return self._process.pid
+
+    def start(self) -> None:
+        """Starts ``qoe-agent run`` as a process of its own; returns at once."""
+        settings = {
+            "QOE_AGENT_SERVICE_URL": self._url,
+            "QOE_AGENT_STATE_DIR": str(self.folder),
+            "QOE_AGENT_PORT": str(self.port),
+            "QOE_AGENT_NAME": "rig",
+            "QOE_AGENT_PROFILE_BUDGET_S": "0.05",
+            "QOE_AGENT_DISK_RESERVE_BYTES": "0",
+        }
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "device_agents", "run"],
+                cwd=ROOT,
+                env={**os.environ, **settings, **self._environment},
+                stdout=log,
+                stderr=log,
+            )
+        if self._file_limit_bytes is not None:
+            limits = (self._file_limit_bytes, self._file_limit_bytes)
+            resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, limits)
+        if self._core is not None:
+            os.sched_setaffinity(self._process.pid, {self._core})
+
+    def kill(self) -> None:
+        """Kill -9, and wait until it is gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """Asks it to end, as systemd does."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(30)
+            self._process = None
+
+    def record(self) -> Record | None:
+        """What the store says now; None before the first save."""
+        with contextlib.suppress(FileNotFoundError):
+            return Record.model_validate_json(self._record_file.read_bytes())
+        return None
+
+    def state(self) -> UpdateState | None:
+        """The state on disk, read fast enough to be asked a thousand times a second."""
+        with contextlib.suppress(FileNotFoundError):
+            return UpdateState(json.loads(self._record_file.read_bytes())["state"])
+        return None
+
+    def wait_for_state(self, wanted: UpdateState, decision_id: str, timeout_s: float = 20.0) -> bool:
+        """Whether the attempt at that decision reached the state in time."""
+        ends_s = time.monotonic() + timeout_s
+        marked = f'"decision_id":"{decision_id}"'.encode()
+        state = f'"state":"{wanted.value}"'.encode()
+        while time.monotonic() < ends_s:
+            with contextlib.suppress(FileNotFoundError):
+                content = self._record_file.read_bytes()
+                if state in content and marked in content:
+                    return True
+            time.sleep(0.0002)
+        return False
+
+
+# -- an app on the device ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer of the local server. ``digest`` is what it says of itself, ``value`` is what the model made of 1."""
+
+    status: int
+    digest: str
+    value: float
+
+
+class App:
+    """Asks the local server again and again over one connection."""
+
+    def __init__(self, port: int, *, timeout_s: float = 10.0, body: bytes | None = None) -> None:
+        self._port = port
+        self._timeout_s = timeout_s
+        self._connection: http.client.HTTPConnection | None = None
+        inputs = [{"name": "x", "shape": [1, WIDTH], "datatype": "FP32", "data": [1.0] * WIDTH}]
+        self._body = body or json.dumps({"inputs": inputs}).encode()
+
+    def ask(self) -> Answered:
+        """One request. Raises OSError or HTTPException when nobody answers."""
+        if self._connection is None:
+            self._connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=self._timeout_s)
+        try:
+            self._connection.request("POST", f"/v2/models/{APPLICATION}/infer", body=self._body)
+            response = self._connection.getresponse()
+            content: dict[str, Any] = json.loads(response.read())
+        except (OSError, http.client.HTTPException, ValueError):
+            self.hang_up()
+            raise
+        value = content["outputs"][0]["data"][0] if response.status == 200 else 0.0
+        return Answered(response.status, response.headers.get("X-Model-Digest", ""), value)
+
+    def first_answer(self, timeout_s: float = 30.0) -> Answered:
+        """Asks until a model answers. Raises TimeoutError."""
+        for answer in self._answers(timeout_s):
+            if answer is not None and answer.status == 200:
+                return answer
+        raise TimeoutError("no model answered")
+
+    def _answers(self, timeout_s: float) -> Iterator[Answered | None]:
+        ends_s = time.monotonic() + timeout_s
+        for attempt in itertools.count():
+            if time.monotonic() > ends_s:
+                return
+            try:
+                yield self.ask()
+            except (OSError, http.client.HTTPException, ValueError):
+                yield None
+            time.sleep(0.005 if attempt else 0.0)
+
+    def hang_up(self) -> None:
+        """Ends the connection."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+class Watch:
+    """An app in a thread that checks every answer: from a model that was offered, and by the digest that it claims."""
+
+    def __init__(self, device: Device, factors: Mapping[str, float], *, pause_s: float = 0.01) -> None:
+        self.answers = 0
+        self.unverified = 0
+        self._device = device
+        self._factors = factors
+        self._pause_s = pause_s
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join(15)
+
+    def _run(self) -> None:
+        app = App(self._device.port, timeout_s=2.0)
+        while not self._is_over.wait(self._pause_s):
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                answer = app.ask()
+                if answer.status == 200:
+                    self.answers += 1
+                    self.unverified += self._factors.get(answer.digest) != answer.value
+        app.hang_up()
