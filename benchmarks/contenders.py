@@ -1,7 +1,7 @@
 """Everyone who plays in `python -m benchmarks.selection`: ours, its ablations, references in hindsight and peers.
 
-Peers stand at the best settings found: on the tuning worlds of `selector.world_constants`, never on the reported
-ones; the hosted default stands as it was.
+Peers stand at the best settings that `peer_settings.py` found: on the tuning worlds of `selector/world_constants.py`,
+never on the reported ones; the hosted default stands as it was.
 """
 
 from __future__ import annotations
@@ -118,12 +118,14 @@ def without_prediction() -> tuple[Contender, ...]:
     return (
         Contender("UCB1 per device", lambda _: Ucb1Policy(width=0.1), exploration=NO_SLO_MASK),
         Contender("Thompson per device", lambda _: ThompsonPolicy(noise_sd=0.1, prior=0.8), exploration=NO_SLO_MASK),
-        Contender("LinUCB", lambda _: LinUcbPolicy(alpha=0.1, ridge=0.2), exploration=NO_SLO_MASK),
-        Contender("LinTS", lambda _: LinTsPolicy(alpha=0.03, ridge=0.2), exploration=NO_SLO_MASK),
+        Contender("LinUCB", lambda _: LinUcbPolicy(alpha=0.1, ridge=0.05), exploration=NO_SLO_MASK),
+        Contender("LinTS", lambda _: LinTsPolicy(alpha=0.1, ridge=0.2), exploration=NO_SLO_MASK),
         Contender(
             "VW squarecb, flat",
             lambda seed: FlatVowpalWabbitPolicy(
-                f"{FLAT_SQUARECB} --random_seed {seed}", learns_all_lines=False, with_device=True
+                f"{FLAT_SQUARECB.format(gamma=100_000, rate=0.5)} --random_seed {seed}",
+                learns_all_lines=False,
+                with_device=True,
             ),
             exploration=NO_SLO_MASK,
         ),

@@ -32,8 +32,9 @@ Floats = NDArray[np.float64]
 # What a loop of the hosted service ran until its operator changed it: its published learner settings and 20 %
 # exploration.
 HOSTED_DEFAULT = "--cb_explore_adf --epsilon 0.2 --power_t 0 -l 0.001 --cb_type mtr -q ::"
+# The best flat settings known for Vowpal Wabbit without any of our parts; gamma and learning rate are to be filled in.
 FLAT_SQUARECB = (
-    "--cb_explore_adf --squarecb --gamma_scale 1000 --gamma_exponent 0 --epsilon 0.01 -l 0.1 --power_t 0 "
+    "--cb_explore_adf --squarecb --gamma_scale {gamma} --gamma_exponent 0 --epsilon 0.01 -l {rate} --power_t 0 "
     "--cb_type mtr -q ca -q da -q cf -q df --cubic caf"
 )
 # Options may read and write files: only these are taken.

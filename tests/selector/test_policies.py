@@ -54,7 +54,9 @@ MAKERS: dict[str, Callable[[], Policy]] = {
     "preferences": lambda: PreferencePolicy({"digits": QoeFormula(slo_p95_ms=60.0)}),
     "neural_residual": NeuralResidualPolicy,
     "boosted_residual": BoostedResidualPolicy,
-    "flat_squarecb": lambda: FlatVowpalWabbitPolicy(FLAT_SQUARECB, learns_all_lines=False, with_device=True),
+    "flat_squarecb": lambda: FlatVowpalWabbitPolicy(
+        FLAT_SQUARECB.format(gamma=1000, rate=0.1), learns_all_lines=False, with_device=True
+    ),
     "hosted_default": lambda: FlatVowpalWabbitPolicy(HOSTED_DEFAULT),
 }
 # What learns which action is best from rewards alone, quickly enough for a test.
