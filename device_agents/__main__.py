@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from device_agents.agent import Agent, agent_version
 from device_agents.config import AgentConfig, load_config
 from device_agents.errors import AgentError, BadConfiguration
-from device_agents.inspection import examine, status
 from device_agents.listening import QuietServer, bind
 from device_agents.server import InferenceServer
 from device_agents.standalone import load, profile
-from device_agents.store import Store
+from device_agents.version import agent_version
 
 logger = logging.getLogger("qoe_agent")
 
@@ -107,6 +105,8 @@ def _config(options: argparse.Namespace) -> AgentConfig:
 
 
 def _run(config: AgentConfig, _: argparse.Namespace) -> int:
+    from device_agents.agent import Agent  # noqa: PLC0415 - megabytes that serving one file does not need
+
     with bind(config.host, config.port) as listener, Agent(config) as agent:
         agent.serving_url = _address(listener.getsockname())
         agent.boot()
@@ -130,6 +130,8 @@ def _run(config: AgentConfig, _: argparse.Namespace) -> int:
 
 
 def _enrol(config: AgentConfig, _: argparse.Namespace) -> int:
+    from device_agents.agent import Agent  # noqa: PLC0415 - megabytes that serving one file does not need
+
     with Agent(config) as agent:
         if agent.is_enrolled:
             raise BadConfiguration(f"already enrolled; remove {config.state_dir}/identity.json to enrol anew")
@@ -138,6 +140,8 @@ def _enrol(config: AgentConfig, _: argparse.Namespace) -> int:
 
 
 def _credential(config: AgentConfig, options: argparse.Namespace) -> int:
+    from device_agents.store import Store  # noqa: PLC0415 - megabytes that serving one file does not need
+
     store = Store(config.state_dir, disk_budget_bytes=config.disk_budget_bytes)
     identity = store.identity()
     if identity is None:
@@ -195,6 +199,8 @@ def _profile(config: AgentConfig, options: argparse.Namespace) -> int:
 
 
 def _status(config: AgentConfig, options: argparse.Namespace) -> int:
+    from device_agents.inspection import status  # noqa: PLC0415 - megabytes that serving one file does not need
+
     found = status(config)
     if options.json:
         _say(json.dumps(found))
@@ -205,6 +211,8 @@ def _status(config: AgentConfig, options: argparse.Namespace) -> int:
 
 
 def _doctor(config: AgentConfig, _: argparse.Namespace) -> int:
+    from device_agents.inspection import examine  # noqa: PLC0415 - megabytes that serving one file does not need
+
     findings = examine(config)
     for finding in findings:
         _say(f"{'ok  ' if finding.is_ok else 'MEND'} {finding.what}: {finding.detail}")

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from importlib import metadata
 from typing import Self
 
 import httpx
@@ -41,6 +40,7 @@ from device_agents.store import Identity, Record, Store
 from device_agents.telemetry import TelemetryReader, hardware
 from device_agents.trust import open_keys
 from device_agents.update import Tools
+from device_agents.version import agent_version
 from device_agents.wake_ups import WakeUps
 from device_agents.wire import (
     CheckIn,
@@ -60,14 +60,6 @@ logger = logging.getLogger("qoe_agent")
 SHORTEST_CHECK_IN_S = 0.2
 LONGEST_SPREAD_S = 60.0
 OUTCOMES_PER_APPLICATION, OUTCOMES_PER_CHECK_IN = 64, 256
-
-
-def agent_version() -> str:
-    """Version of this agent; "dev" when it runs from a source tree."""
-    try:
-        return metadata.version("qoe-agent")
-    except metadata.PackageNotFoundError:
-        return "dev"
 
 
 def utc_now() -> datetime:
