@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,13 @@ class Case:
     data: models.DemoData
 
 
-def cases(folder: Path, names: tuple[str, ...] = ("cnn", *KINDS)) -> list[Case]:
-    """The models of these names: ``cnn`` is the demo's largest, the others are trained by ``compression_models``."""
+def cases(folder: Path, names: Sequence[str], *, samples: int | None = None) -> list[Case]:
+    """The models of these names: ``cnn`` is the demo's largest, the others are trained by ``compression_models``.
+
+    ``samples`` bounds the held-out pictures.
+    """
     data, found = models.load_data("digits"), []
+    data = replace(data, heldout_inputs=data.heldout_inputs[:samples], heldout_labels=data.heldout_labels[:samples])
     for name in names:
         path = folder / f"{name}.onnx"
         if name == "cnn":

@@ -55,12 +55,16 @@ PASSES: Mapping[str, CompressionPass] = MappingProxyType(
         for each in (
             CompressionPass("clean-up", "clean-up", ""),
             _static("static-int8"),
+            _static("static-int8-per-tensor", per_channel=False),
             _static("static-int8-7bit", X86, reduce_range=True),
             _static("static-int8-arm", ARM, activations="int8"),
             _static("static-int8-entropy", ranges="entropy"),
             _static("static-int8-percentile", ranges="percentile"),
             _static("mixed-int8", method="mixed-int8", keep_share=0.25),
             CompressionPass("dynamic-int8", "dynamic-int8", "int8", {"per_channel": True, "reduce_range": False}),
+            CompressionPass(
+                "dynamic-int8-per-tensor", "dynamic-int8", "int8", {"per_channel": False, "reduce_range": False}
+            ),
             CompressionPass("int4-weights", "int4-weights", "int4", {"block_size": 32, "accuracy_level": 4}),
             CompressionPass("float16", "float16", "fp16"),
             CompressionPass("prune-light", "prune-channels", "", {**_PRUNE, "keep_cost": 0.75}, memory_factor=12.0),
@@ -78,7 +82,7 @@ FAMILY: Sequence[str] = (
     *(
         f"{first}{JOIN}{second}"
         for first in ("prune-light", "prune", "prune-hard", "low-rank", "low-rank-hard")
-        for second in ("static-int8", "dynamic-int8")
+        for second in ("static-int8", "dynamic-int8-per-tensor")
     ),
 )
 
