@@ -117,7 +117,7 @@ def without_prediction() -> tuple[Contender, ...]:
     """Learners that know nothing of our prediction: neither as a feature nor through the SLO mask made of it."""
     return (
         Contender("UCB1 per device", lambda _: Ucb1Policy(width=0.1), exploration=NO_SLO_MASK),
-        Contender("Thompson per device", lambda _: ThompsonPolicy(noise_sd=0.1, prior=0.8), exploration=NO_SLO_MASK),
+        Contender("Thompson per device", lambda _: ThompsonPolicy(noise_sd=0.1, prior=0.5), exploration=NO_SLO_MASK),
         Contender("LinUCB", lambda _: LinUcbPolicy(alpha=0.1, ridge=0.05), exploration=NO_SLO_MASK),
         Contender("LinTS", lambda _: LinTsPolicy(alpha=0.1, ridge=0.2), exploration=NO_SLO_MASK),
         Contender(

@@ -31,7 +31,7 @@ def grid() -> Iterator[Contender]:
     """Every setting that is tried; the name is the peer's, a comma and the setting."""
     for width in (0.02, 0.1, 0.5):
         yield _plain(f"UCB1, width {width}", partial(Ucb1Policy, width))
-    for noise_sd, prior in product((0.03, 0.1, 0.3), (0.5, 0.8)):
+    for noise_sd, prior in product((0.03, 0.1, 0.3), (0.3, 0.5, 0.8)):
         yield _plain(f"Thompson, noise_sd {noise_sd} prior {prior}", partial(ThompsonPolicy, noise_sd, prior))
     for alpha, ridge in product((0.03, 0.1, 0.3, 1.0), (0.05, 0.2, 1.0)):
         yield _plain(f"LinUCB, alpha {alpha} ridge {ridge}", partial(LinUcbPolicy, alpha, ridge))
