@@ -37,8 +37,8 @@ import numpy as np
 
 from benchmarks.contenders import ANALYTIC, CALIBRATED, HOSTED, OURS, PREFERENCES
 from benchmarks.decision_cost import calibration_loop_ms, contestants, times_ms
-from benchmarks.selection_report import WorldReport, verdicts
-from benchmarks.selection_runs import Outcome, Task, outcomes
+from benchmarks.selection_report import WorldReport, megabytes_line, verdicts
+from benchmarks.selection_runs import Outcome, Task, outcomes, state_megabytes
 from selector.hardness import Hardness
 from selector.world_constants import REPORTED_SEEDS, TUNING_SEEDS, WORLDS
 
@@ -112,6 +112,8 @@ def main() -> None:
     print(f"\nfixed calibration loop: {calibration_loop_ms():.1f} ms; whole run: {time.perf_counter() - started:.0f} s")
     for line in verdicts(summary, reports):
         print(line)
+    if not quick:
+        print(megabytes_line(state_megabytes(10_000)))
     missing = {key for report in summary["worlds"].values() for key, value in report.items() if value is None}
     if missing:
         why = "not played in this shortened run" if quick or names else "needs more than one seed"

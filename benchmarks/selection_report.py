@@ -218,6 +218,11 @@ def verdicts(summary: Mapping[str, Any], reports: Mapping[str, WorldReport]) -> 
         yield _line(f"{key} <= {bound:g}", summary[key] <= bound, f"{summary[key]:.3f}")
 
 
+def megabytes_line(megabytes: float) -> str:
+    """The target for the state of 10,000 devices."""
+    return _line("state of 10,000 devices <= 200 MB", megabytes <= 200, f"{megabytes:.0f}")
+
+
 def half_width(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     """Half of a 95 % t interval of the mean; NaN for one value."""
     if len(values) < 2:

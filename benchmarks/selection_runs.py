@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.contenders import BEST_FIXED, BEST_PER_CLASS, OURS, RANDOM, contenders
 from benchmarks.latency_table import load
+from selector.calibration import Calibration
 from selector.hardness import Hardness, hardness
 from selector.simulation import STRESS, Contender, Feedback, Trace, play
 from selector.timings import TableRow
@@ -91,6 +94,22 @@ def lineup(world: SimulatedWorld) -> list[tuple[Contender, Feedback]]:
         unguarded = replace(ours, name=UNGUARDED, exploration=replace(ours.exploration, budget=1.0))
         plain.append((unguarded, Feedback()))
     return [*plain, (replace(ours, name=STRESSED), STRESS)]
+
+
+def state_megabytes(devices: int, known: int = 50, steps: int = 100) -> float:
+    """Memory that the state of so many devices takes: the calibration's rows after a run of ``known`` devices, loaded
+    and scaled up, and the policy's bytes."""
+    world, calibration = make_world("quirks-tuning", 100, known, steps), Calibration()
+    contender = next(each for each in contenders(world) if each.name == OURS)
+    policy = contender.make_policy(0)
+    play(world, replace(contender, make_policy=lambda _: policy), 0, calibration=calibration)
+    text = json.dumps(calibration.rows())
+    tracemalloc.start()
+    loaded = Calibration.from_rows(json.loads(text))
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert loaded.rows().keys() == calibration.rows().keys()
+    return (size * devices / known + len(policy.to_bytes())) / 1e6
 
 
 @lru_cache(maxsize=1)

@@ -168,10 +168,16 @@ class Trace:
     seconds: float
 
 
-def play(world: World, contender: Contender, seed: int, feedback: Feedback | None = None) -> Trace:
-    """Let the contender decide for all devices, step by step, and learn as feedback arrives. Deterministic but for
-    ``seconds``."""
-    return _Run(world, contender, seed, feedback or Feedback()).trace()
+def play(
+    world: World,
+    contender: Contender,
+    seed: int,
+    feedback: Feedback | None = None,
+    calibration: Calibration | None = None,
+) -> Trace:
+    """Let the contender decide for all devices, step by step, and learn as feedback arrives; into ``calibration`` if
+    one is given. Deterministic but for ``seconds``."""
+    return _Run(world, contender, seed, feedback or Feedback(), calibration or Calibration()).trace()
 
 
 @dataclass(slots=True)
@@ -197,10 +203,12 @@ class _Device:
 
 
 class _Run:
-    def __init__(self, world: World, contender: Contender, seed: int, feedback: Feedback) -> None:
+    def __init__(
+        self, world: World, contender: Contender, seed: int, feedback: Feedback, calibration: Calibration
+    ) -> None:
         self._world, self._contender, self._seed, self._feedback = world, contender, seed, feedback
         self._rng = np.random.default_rng([seed, 20_611])
-        self._policy, self._calibration = contender.make_policy(seed), Calibration()
+        self._policy, self._calibration = contender.make_policy(seed), calibration
         self._devices = [_Device() for _ in range(world.device_count)]
         self._position = {action.key: index for index, action in enumerate(world.actions)}
         self._due: dict[int, list[Interaction]] = {}
