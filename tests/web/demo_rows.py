@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from qoe_service.catalogue.models import Application, Job, Variant
+from qoe_service.catalogue.models import Application, Job, Upload, Variant
 from qoe_service.decisions.models import Ban, Decision, Feedback, Learner
 from qoe_service.fleet.models import Device
 from qoe_service.rollouts.models import Assignment, AttemptOutcome
@@ -84,6 +84,7 @@ def seed_fleet(*, now: datetime, leases: int = 30, seed: int = 7) -> Fleet:
         _running_lease(run, now, rng)
     _policies(fleet, now)
     _troubles(fleet, now)
+    _catalogue(fleet, now)
     return fleet
 
 
@@ -343,6 +344,89 @@ def _policies(fleet: Fleet, now: datetime) -> None:
         learner.save()
         builders.make_policy_version(
             application, 19, trained_through=learner.learnt_through, created_at=now - timedelta(seconds=4)
+        )
+
+
+def _catalogue(fleet: Fleet, now: datetime) -> None:
+    """Profiles on a second class, a variant that another beats, one that is retired, uploads, jobs in a chain."""
+    application, tablet = fleet.applications["digits"], fleet.devices["tablet"]
+    for name, precision, *_, service_ms in VARIANTS["digits"]:
+        if name != "digits-medium":
+            # this class has no fast 8-bit instructions, so that 8 bits lose there
+            slower = 3.4 if precision == "int8" and name != "digits-narrow-int8" else 1.6
+            builders.make_profile(fleet.variants[name], tablet, a_ms=service_ms * slower, b_ms=0.2, measured_at=now)
+    for name, row in fleet.variants.items():
+        made = {"pass": row.compression_pass, "parameters": {"per_channel": True}} if row.base else {}
+        row.provenance = {**made, "opset": 17, "versions": {"onnx": "1.23.2", "onnxruntime": "1.31.1"}}
+        row.inputs = [{"name": "image", "type": "tensor(uint8)", "shape": ["batch", 1, 28, 28]}]
+        row.outputs = [{"name": "logits", "type": "tensor(float)", "shape": ["batch", 10]}]
+        row.save()
+        assert name == row.name
+    beaten = builders.make_variant(
+        application,
+        "digits-medium-7bit",
+        base=fleet.variants["digits-medium"],
+        compression_pass="static-int8-7bit",
+        precision="int8",
+        accuracy=0.889,
+        accuracy_low=0.877,
+        accuracy_high=0.9,
+        accuracy_samples=3594,
+        size_bytes=180_000,
+    )
+    builders.make_profile(beaten, tablet, a_ms=7.1, b_ms=0.3, measured_at=now)
+    builders.make_variant(
+        application,
+        "digits-wide-pruned",
+        base=fleet.variants["digits-wide"],
+        compression_pass="prune-hard",
+        accuracy=0.731,
+        accuracy_low=0.716,
+        accuracy_high=0.745,
+        accuracy_samples=3594,
+        size_bytes=902_000,
+        retired_at=now - timedelta(minutes=3),
+    )
+    first = Job.objects.create(
+        application=application,
+        base=fleet.variants["digits-wide"],
+        compression_pass="low-rank",
+        state=Job.State.QUEUED,
+        created_at=now,
+    )
+    Job.objects.create(
+        application=application, base=first.base, after=first, compression_pass="static-int8", created_at=now
+    )
+    Job.objects.create(
+        application=application,
+        base=fleet.variants["digits-wide"],
+        compression_pass="dynamic-int8",
+        state=Job.State.REFUSED,
+        error="dynamic-int8 does not help here: dense layers hold only 4 % of the weights, so there is little to win",
+        created_at=now,
+        finished_at=now,
+    )
+    uploads: list[tuple[str, str, dict[str, Any]]] = [
+        ("digits-student.onnx", "receiving", {"received_bytes": 3_145_728}),
+        (
+            "digits-odd.onnx",
+            "refused",
+            {"error": "digits-odd.onnx is refused: it asks for opset 9; 11 to 23 are supported"},
+        ),
+        ("digits-wide.onnx", "done", {"result": fleet.variants["digits-wide"], "received_bytes": 2_140_000}),
+    ]
+    for age, (name, state, fields) in enumerate(uploads):
+        Upload.objects.create(
+            id=f"{age:032x}",
+            application=application,
+            kind="model",
+            file_name=name,
+            size_bytes=8_400_000,
+            state=state,
+            created_at=now - timedelta(minutes=age),
+            touched_at=now,
+            finished_at=None if state == "receiving" else now - timedelta(minutes=age),
+            **fields,
         )
 
 

@@ -54,6 +54,7 @@ def pages() -> dict[str, str]:
         "fleet": "/",
         "device": "/devices/d-sensor-hub/",
         "application": "/applications/digits/",
+        "catalogue": "/applications/digits/catalogue/?class=tablet",
         "decision": f"/decisions/{joined[0].pk}/",
         "narrowed": "/?class=phone",
         "missing": "/devices/nobody/",

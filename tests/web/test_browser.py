@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 from django.contrib.auth import get_user_model
 from django.core.management import call_command
 from django.test import Client
 from django.utils import timezone
-from playwright.sync_api import Page
+from playwright.sync_api import Page, Route
 from pytest_django import DjangoDbBlocker
 from pytest_django.live_server_helper import LiveServer
 
+from qoe_service.catalogue import uploads
+from qoe_service.catalogue.models import Upload
 from qoe_service.decisions.models import Decision
 from qoe_service.rollouts.models import Assignment
 from tests.web.browser import Browser, Session, Visit, log_in
@@ -160,8 +165,10 @@ def test_the_theme_follows_the_system_until_the_operator_chooses(browser: Browse
 def test_no_page_scrolls_sideways_on_a_phone(browser: Browser, console: Session) -> None:
     decision = Decision.objects.filter(state=Decision.State.JOINED).latest("decided_at")
     paths = ["/", "/devices/d-sensor-hub/", "/applications/digits/", f"/decisions/{decision.pk}/", "/devices/nobody/"]
+    paths.append("/applications/digits/catalogue/")
 
     arrives_later = {"/": ".verdict", "/applications/digits/": ".chart .main-svg"}
+    arrives_later["/applications/digits/catalogue/"] = ".chart .main-svg"
 
     def measure(page: Page) -> dict[str, int]:
         found = {}
@@ -177,6 +184,53 @@ def test_no_page_scrolls_sideways_on_a_phone(browser: Browser, console: Session)
     paths = ["/login/"]
     with browser.visit(width=390, height=844) as visit:
         assert visit.do(measure) == {"/login/": 0}
+
+
+def test_a_file_is_uploaded_in_parts_through_lost_connections_and_then_followed_to_its_end(
+    desk: Visit, console: Session, tmp_path: Path
+) -> None:
+    content = np.random.default_rng(0).bytes(2_500_000)
+    (tmp_path / "big.onnx").write_bytes(content)
+    lost: list[str] = []
+
+    def lose_one(route: Route) -> None:
+        if route.request.method == "PUT" and not lost:
+            lost.append(route.request.url)
+            route.abort()
+        else:
+            route.continue_()
+
+    def send(page: Page) -> None:
+        page.goto(f"{console.url}/applications/digits/catalogue/")
+        page.route("**/api/v1/uploads/*", lose_one)
+        page.get_by_label("File", exact=True).set_input_files(tmp_path / "big.onnx")
+        page.get_by_label("Compress it by").select_option("")
+        page.get_by_role("button", name="Upload").click()
+        page.get_by_text("Sent. Waiting for a worker").wait_for()
+
+    desk.do(send)
+    assert len(lost) == 1
+    upload = Upload.objects.get(file_name="big.onnx")
+    assert [part.size_bytes for part in upload.parts.all()] == [1_048_576, 1_048_576, 402_848]
+    assert upload.sha256 == hashlib.sha256(content).hexdigest()
+    uploads.run(upload_id=upload.pk, clock=timezone.now)
+
+    def read(page: Page) -> str:
+        page.get_by_text("refused: big.onnx is refused").wait_for()
+        return str(page.evaluate("document.activeElement.id"))
+
+    assert desk.do(read) == "upload-send"
+    desk.errors[:] = [each for each in desk.errors if "ERR_FAILED" not in each]  # the one that we cut off
+
+
+def test_the_buttons_of_the_catalogue_work_with_the_keyboard(desk: Visit, console: Session) -> None:
+    def retire(page: Page) -> str:
+        page.goto(f"{console.url}/applications/digits/catalogue/")
+        page.get_by_role("button", name="Retire digits-narrow", exact=True).focus()
+        page.keyboard.press("Enter")
+        return page.get_by_role("status").filter(has_text="is retired").inner_text()
+
+    assert "digits-narrow is retired" in desk.do(retire)
 
 
 def test_the_keyboard_reaches_the_content_past_the_navigation(desk: Visit) -> None:

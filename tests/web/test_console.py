@@ -47,7 +47,7 @@ def test_plotly_comes_from_its_package_and_nothing_else_of_it_does() -> None:
 
 def test_nothing_of_others_lives_in_the_console() -> None:
     scripts = sorted(path.name for path in (ROOT / "web").rglob("*.js"))
-    assert scripts == ["charts.js", "console.js", "theme.js"]
+    assert scripts == ["charts.js", "console.js", "theme.js", "upload.js"]
     templates = "".join(path.read_text() for path in (ROOT / "web/templates").rglob("*.html"))
     assert "https://" not in templates
     assert "<script>" not in templates
@@ -81,12 +81,18 @@ def test_every_page_of_the_console_needs_a_log_in(operator: Client) -> None:
     decision = builders.make_decision(device, application, builders.make_variant(application))
     paths = [
         *("/", f"/devices/{device.pk}/", f"/decisions/{decision.pk}/", "/applications/digits/"),
+        "/applications/digits/catalogue.json",
         *("/applications/digits/verdict/", "/applications/digits/qoe.json", "/applications/digits/qoe/"),
     ]
     for path in paths:
         assert operator.get(path).status_code == 200, path
         assert Client().get(path).headers["Location"].startswith("/login/"), path
         assert operator.post(path).status_code == 405, path
+    catalogue = "/applications/digits/catalogue/"  # whose buttons post
+    assert operator.get(catalogue).status_code == 200
+    for answer in (Client().get(catalogue), Client().post(catalogue, {"do": "retire:digits-small"})):
+        assert answer.headers["Location"].startswith("/login/")
+    assert application.variants.get().retired_at is None
 
 
 @pytest.mark.django_db

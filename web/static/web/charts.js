@@ -2,6 +2,7 @@
 (() => {
   "use strict";
   const REFRESH_MS = 5000;
+  const NARROW_PX = 600;
   const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 
   const colour = (name) => {
@@ -28,8 +29,9 @@
       uirevision: "kept",
     };
   };
-  const trace = ({ token, fill_token: fillToken, ...rest }) => {
+  const trace = ({ token, fill_token: fillToken, ...rest }, isNarrow) => {
     const themed = { ...rest };
+    if (isNarrow && rest.mode === "markers+text") themed.mode = "markers"; // names would cover one another
     if (token) themed.line = { ...rest.line, color: colour(token) };
     if (token) themed.marker = { ...rest.marker, color: colour(token) };
     if (fillToken) themed.fillcolor = translucent(colour(fillToken), 0.14);
@@ -39,7 +41,7 @@
   const start = (element) => {
     let figure = null;
     let etag = null;
-    const draw = () => figure && window.Plotly.react(element, figure.data.map(trace), layout(figure), CONFIG);
+    const draw = () => figure && window.Plotly.react(element, figure.data.map((each) => trace(each, element.clientWidth < NARROW_PX)), layout(figure), CONFIG);
     const refresh = async () => {
       const pause = document.getElementById("pause");
       const isPaused = figure && pause?.getAttribute("aria-pressed") === "true";
