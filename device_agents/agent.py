@@ -11,55 +11,32 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Self
 
 import httpx
 
-from device_agents.budget import ThreadBudget
 from device_agents.client import ServiceClient, full_jitter_s
 from device_agents.config import AgentConfig
 from device_agents.desired import open_desired
 from device_agents.drain import Drain
-from device_agents.errors import (
-    AgentError,
-    BadConfiguration,
-    DesiredRefused,
-    KeysRefused,
-    ServiceRefused,
-    ServiceUnreachable,
-)
+from device_agents.errors import AgentError, DesiredRefused, ServiceRefused, ServiceUnreachable
 from device_agents.executor import Executor
-from device_agents.follower import Follower
-from device_agents.profiler import Warmed, warm_up
-from device_agents.runtime import EmulatedQuota, Session
+from device_agents.followers import Followers
+from device_agents.membership import Membership
 from device_agents.spool import Kept, Spool
-from device_agents.store import Identity, Record, Store
+from device_agents.store import Identity, Store
 from device_agents.telemetry import TelemetryReader, hardware
-from device_agents.trust import open_keys
-from device_agents.update import Tools
 from device_agents.version import agent_version
 from device_agents.wake_ups import WakeUps
-from device_agents.wire import (
-    CheckIn,
-    DesiredApplication,
-    DesiredState,
-    EnrolmentRequest,
-    Feedback,
-    Hardware,
-    OutcomeReport,
-    ProfileReport,
-    SignedKeySet,
-    WakeUp,
-)
+from device_agents.wire import CheckIn, Feedback, Hardware, ProfileReport, WakeUp
 
 logger = logging.getLogger("qoe_agent")
 
 SHORTEST_CHECK_IN_S = 0.2
 LONGEST_SPREAD_S = 60.0
-OUTCOMES_PER_APPLICATION, OUTCOMES_PER_CHECK_IN = 64, 256
 
 
 def utc_now() -> datetime:
@@ -77,7 +54,7 @@ class _Due:
 
 
 class Agent:
-    """One device. ``executors`` (by model name) is what the local server serves; it changes while running."""
+    """One device. What it serves changes while it runs."""
 
     def __init__(
         self,
@@ -88,7 +65,6 @@ class Agent:
         rng: random.Random | None = None,
     ) -> None:
         self.config = config
-        self.executors: dict[str, Executor] = {}
         self.serving_url = ""
         self._now = now
         self.read_hardware: Callable[[], Hardware] = hardware
@@ -112,10 +88,16 @@ class Agent:
             max_age_s=config.spool_max_age_s,
         )
         self._drain = Drain(self.spool, self.client.send_feedback, rng=self.random)
-        self._quota = EmulatedQuota(config.cpu_quota_emulated) if config.cpu_quota_emulated else None
-        self._threads_budget = ThreadBudget()
+        self._membership = Membership(config, self.store, self.client)
         self._telemetry = TelemetryReader()
-        self._followers: dict[str, Follower] = {}
+        self._followers = Followers(
+            config,
+            self.store,
+            fetch=self.client.download,
+            now=now,
+            send=self._send_lease,
+            on_change=lambda: self.poke(check_in=True),
+        )
         # The current document is read again after a restart: what it asks for may not have been reached.
         self._seen_version = max(-1, self.store.seen_version() - 1)
         self._etag = ""
@@ -138,50 +120,27 @@ class Agent:
         self.stop()
 
     @property
+    def executors(self) -> dict[str, Executor]:
+        """What the local server serves, by model name."""
+        return self._followers.executors
+
+    @property
     def is_enrolled(self) -> bool:
         """Whether the device has a credential of this service."""
         return self.client.identity is not None
 
     def enrol(self) -> Identity:
         """Trades the configured token for a credential and keeps it. Raises ServiceRefused or ServiceUnreachable."""
-        if not self.config.token:
-            raise BadConfiguration("this device is not enrolled: give --token once")
-        reply = self.client.enrol(
-            EnrolmentRequest(
-                token=self.config.token,
-                name=self.config.name,
-                device_class=self.config.device_class,
-                agent_version=agent_version(),
-                hardware=self.read_hardware(),
-                labels=self.config.labels,
-            )
-        )
-        known = self.store.identity()
-        if known is None or known.device_id != reply.device_id:
-            self._forget_device()
-        identity = Identity(
-            service_url=self.config.service_url,
-            device_id=reply.device_id,
-            credential=reply.credential,
-            trusted_keys=reply.trusted_keys,
-            keys_version=reply.keys_version,
-        )
-        self.store.save_identity(identity)
-        self.client.identity = identity
-        logger.info("enrolled device=%s name=%s", identity.device_id, self.config.name)
-        return identity
-
-    def _forget_device(self) -> None:
-        """Another device id: decisions made for the old one must not be reported; what serves, serves on."""
-        self.store.forget_device()
-        self._seen_version, self._etag = -1, ""
-        for follower in self._followers.values():
-            follower.disown()
+        if self._membership.enrol(self.read_hardware()):
+            # Decisions made for another device must not be reported; what serves, serves on.
+            self._seen_version, self._etag = -1, ""
+            self._followers.disown()
+        assert self.client.identity is not None, "enrolment keeps an identity"
+        return self.client.identity
 
     def boot(self) -> None:
         """Serves what was committed before, without asking anybody."""
-        for record in self.store.records():
-            self._follower(record).boot()
+        self._followers.boot()
 
     def enrol_until_done(self) -> bool:
         """Waits for a service that is away; raises ServiceRefused when it says no. False when stopped meanwhile."""
@@ -212,8 +171,7 @@ class Agent:
 
     def start(self) -> None:
         """Begins to follow the service, in the background."""
-        for follower in self._followers.values():
-            follower.start()
+        self._followers.start()
         for name, work in (("loop", self._loop), ("wake-ups", self._wake_ups.listen)):
             thread = threading.Thread(target=work, name=name, daemon=True)
             self._threads.append(thread)
@@ -224,12 +182,10 @@ class Agent:
         self._stopping.set()
         self.poke()
         self.client.hang_up()
-        for follower in self._followers.values():
-            follower.stop()
+        self._followers.stop()
         for thread in list(self._threads):
             thread.join(5.0)
-        for executor in self.executors.values():
-            executor.close()
+        self._followers.close()
         self.client.close()
         self.spool.close()
         self.store.unlock()
@@ -256,7 +212,7 @@ class Agent:
                 failures = 0
                 self._sleep()
             except AgentError as error:
-                if self._has_new_credential(error):
+                if self._membership.has_new_credential(error):
                     continue
                 logger.warning("service trouble reason=%r failures=%d", str(error), failures)
                 wait_s = full_jitter_s(failures, self.random)
@@ -301,8 +257,7 @@ class Agent:
 
     def _check_in(self) -> bool:
         """Reports; True when the service has a newer document."""
-        followers = list(self._followers.values())
-        outcomes = _first_outcomes(followers)
+        outcomes = self._followers.first_outcomes()
         profiles = self._untold_profiles()
         found = self.read_hardware()
         reply = self.client.check_in(
@@ -312,14 +267,14 @@ class Agent:
                 desired_version_seen=max(0, self._seen_version),
                 hardware=None if found == self._told_hardware else found,
                 telemetry=self._telemetry.read(),
-                applications=tuple(follower.report() for follower in followers)[:64],
+                applications=self._followers.reports(),
                 outcomes=tuple(outcome for told in outcomes.values() for outcome in told),
                 profiles=profiles,
                 dropped=self.spool.dropped(),
                 serving_url=self.serving_url,
                 keys_version=self.client.identity.keys_version if self.client.identity else None,
             ),
-            trace_id=next((trace_id for follower in followers if (trace_id := follower.trace_id)), None),
+            trace_id=self._followers.trace_id(),
         )
         for follower, told in outcomes.items():
             if told:
@@ -329,7 +284,7 @@ class Agent:
         self._service_time = (reply.server_time, time.monotonic())
         self._next_check_in_s = time.monotonic() + max(SHORTEST_CHECK_IN_S, reply.check_in_interval_s)
         if reply.keys is not None:
-            self._trust(reply.keys)
+            self._membership.trust(reply.keys)
         return reply.desired_version > self._seen_version
 
     def _untold_profiles(self) -> tuple[ProfileReport, ...]:
@@ -341,33 +296,6 @@ class Agent:
             return None
         told, at_s = self._service_time
         return told + timedelta(seconds=time.monotonic() - at_s)
-
-    # -- trust -------------------------------------------------------------------------------------------------------
-
-    def _trust(self, signed: SignedKeySet) -> None:
-        """Keys that a trusted key vouches for replace those that were trusted; the credential stays."""
-        identity = self.client.identity
-        assert identity is not None, "only an enrolled device checks in"
-        try:
-            found = open_keys(signed, trusted_keys=identity.trusted_keys, seen_version=identity.keys_version)
-        except KeysRefused as error:
-            logger.warning("key set refused reason=%r", error.reason)
-            return
-        kept = self.store.identity() or identity  # the owner may have put another credential there meanwhile
-        identity = kept.model_copy(update={"trusted_keys": found.keys, "keys_version": found.version})
-        self.store.save_identity(identity)
-        self.client.identity = identity
-        logger.info("trusts keys=%s version=%d", ",".join(key.key_id for key in found.keys), found.version)
-
-    def _has_new_credential(self, error: AgentError) -> bool:
-        """Whether the owner replaced a credential that the service no longer takes."""
-        known, kept = self.client.identity, self.store.identity()
-        is_refused = isinstance(error, ServiceRefused) and error.http_status == 401
-        if not is_refused or known is None or kept is None or kept.credential == known.credential:
-            return False
-        self.client.identity = known.model_copy(update={"credential": kept.credential})
-        logger.info("goes on with the credential that was put into the state folder")
-        return True
 
     # -- desired state -----------------------------------------------------------------------------------------------
 
@@ -395,72 +323,16 @@ class Agent:
         except OSError as error:
             # A full disk: what cannot be saved is not begun, and the service hears of it. Looked at again later.
             logger.warning("desired version not kept version=%d reason=%r", state.version, error.strerror)
-            self._follow(state, seen_s)
+            self._followers.follow(state, seen_s=seen_s)
             return
-        self._follow(state, seen_s)
+        self._followers.follow(state, seen_s=seen_s)
         # Not before: what fails on the way here must be fetched again, instead of being "not modified" for ever.
         self._seen_version, self._etag = state.version, etag
-
-    def _follow(self, state: DesiredState, seen_s: float) -> None:
-        wanted = {desired.application for desired in state.applications}
-        for application in set(self._followers) - wanted:
-            self._retire(application)
-        for desired in state.applications:
-            follower = self._followers.get(desired.application)
-            if follower is not None and self.executors.get(desired.model_name) is not follower.executor:
-                self._retire(desired.application)  # the model goes by another name now
-                follower = None
-            if follower is None:
-                if desired.model_name in self.executors:
-                    logger.error("model name taken application=%s model=%s", desired.application, desired.model_name)
-                    continue
-                follower = self._follower(Record(application=desired.application, model_name=desired.model_name))
-                follower.start()
-            follower.order(desired, seen_s=seen_s)
-
-    def _follower(self, record: Record) -> Follower:
-        executor = Executor(record.model_name, queue_requests=self.config.queue_requests, budget=self._threads_budget)
-        tools = Tools(
-            store=self.store,
-            fetch=self.client.download,
-            warm_up=self._warm_up,
-            now=self._now,
-            in_use=self._digests_in_use,
-            on_change=lambda: self.poke(check_in=True),
-        )
-        follower = Follower(record, executor, tools, send=self._send_lease)
-        self.executors[record.model_name] = executor
-        self._followers[record.application] = follower
-        return follower
-
-    def _retire(self, application: str) -> None:
-        follower = self._followers.pop(application)
-        self.executors.pop(follower.executor.model_name, None)
-        follower.retire()
-        self.store.forget_record(application)
-        logger.info("retired application=%s", application)
-
-    def _digests_in_use(self) -> set[str]:
-        return {digest for follower in list(self._followers.values()) for digest in follower.digests_in_use()}
 
     def _send_lease(self, feedback: Feedback) -> None:
         self.spool.put(feedback, now=self._service_now())
         self._drain.hurry()
         self.poke(check_in=True)
-
-    def _warm_up(self, desired: DesiredApplication, *, must_match: Session | None) -> Warmed:
-        digest, threads = desired.variant.digest, desired.serving.threads
-        known = next((p for p in self.store.profiles() if (p.digest, p.threads) == (digest, threads)), None)
-        return warm_up(
-            self.store.artifact(digest),
-            digest=digest,
-            threads=threads,
-            max_batch=desired.serving.max_batch,
-            budget_s=self.config.profile_budget_s,
-            known=known,
-            must_match=must_match,
-            quota=self._quota,
-        )
 
     def _woken(self, wake_up: WakeUp | None) -> None:
         """Some time within the spread that the service asks for, unless the version is known already."""
@@ -468,13 +340,3 @@ class Agent:
             return
         spread_s = wake_up.spread_s if wake_up is not None else 0.0
         self.poke(look_at_s=time.monotonic() + self.random.uniform(0.0, min(spread_s, LONGEST_SPREAD_S)))
-
-
-def _first_outcomes(followers: Sequence[Follower]) -> dict[Follower, tuple[OutcomeReport, ...]]:
-    """As many ends of attempts as one check-in carries; only those are acknowledged by its reply."""
-    chosen: dict[Follower, tuple[OutcomeReport, ...]] = {}
-    room = OUTCOMES_PER_CHECK_IN
-    for follower in followers:
-        chosen[follower] = follower.outcomes[: min(room, OUTCOMES_PER_APPLICATION)]
-        room -= len(chosen[follower])
-    return chosen
