@@ -151,9 +151,11 @@ CELERY_BEAT_SCHEDULE = {
         "learn": "qoe_service.decisions.tasks.learn",
         "compress": "qoe_service.catalogue.tasks.run_queued",
         "prune": "qoe_service.rollouts.tasks.prune",
+        "collect": "qoe_service.catalogue.tasks.collect",
     }.items()
 }
 CELERY_BEAT_SCHEDULE["prune"]["schedule"] = 60.0
+CELERY_BEAT_SCHEDULE["collect"]["schedule"] = 3600.0
 CELERY_BEAT_SCHEDULE_FILENAME = str(DATA_DIR / "beat")
 
 # -- artifacts -------------------------------------------------------------------------------------------------------

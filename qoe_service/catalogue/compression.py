@@ -53,6 +53,7 @@ def derive(*, job: Job, watch: sandbox.Watch, clock: Callable[[], datetime]) -> 
     request = {"command": "compress", "pass": chosen.method, "parameters": job.parameters}
     request["samples"] = evaluation.FIRST_LOOK_SAMPLES
     with sandbox.opened() as box:
+        sandbox.check_memory(box.limits, base.artifact.size_bytes, chosen.memory_factor, what=chosen.name)
         box.add(MODEL, artifacts.open_for_reading(base.artifact_id))
         datasets.add_to(box, job.application)
         evaluation.add_reference(box, job.application)

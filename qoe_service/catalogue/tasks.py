@@ -8,7 +8,7 @@ from celery import shared_task
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
-from qoe_service.catalogue import compression, jobs, uploads
+from qoe_service.catalogue import collection, compression, jobs, uploads
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,14 @@ def run_upload(upload_id: str) -> None:
     """Take in one complete upload, then look for what it queued."""
     if uploads.run(upload_id=upload_id, clock=timezone.now) is not None:
         wake_workers()
+
+
+@shared_task
+def collect() -> None:
+    """Remove stored bytes that nothing refers to any more."""
+    collected = collection.collect(now=timezone.now())
+    if collected:
+        log.info("artifacts collected files=%d bytes=%d", len(collected), sum(each.size_bytes for each in collected))
 
 
 def wake_workers() -> None:
