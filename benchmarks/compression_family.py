@@ -97,7 +97,7 @@ def _cancel_seconds(folder: Path, base: Any, jobs: Any, rows: Any) -> float:
     """From asking to stop a running job until its worker has let go."""
     from django.utils import timezone  # noqa: PLC0415 - after set_up
 
-    parameters = {"calibration_samples": 256, "keep_cost": 0.2}
+    parameters = {"calibration_samples": 256, "most_error": 1.0, "keep_cost": 0.2}
     job = jobs.queue(base=base, compression_pass="prune", parameters=parameters, now=timezone.now())
     worker = _worker(folder)
     while not rows.objects.filter(pk=job.pk, state=rows.State.RUNNING, progress__gt=0).exists():

@@ -42,11 +42,16 @@ _STATIC = {
     "reduce_range": False,
     "activations": "uint8",
 }
-_PRUNE = {"calibration_samples": 256}
+_SAMPLES = {"calibration_samples": 256}
 
 
 def _static(name: str, made_for: str = X86_VNNI, method: str = "static-int8", **changed: Any) -> CompressionPass:
     return CompressionPass(name, method, "int8", {**_STATIC, **changed}, made_for, 12.0)
+
+
+def _prune(name: str, **changed: Any) -> CompressionPass:
+    parameters = {**_SAMPLES, "most_error": 1.0, **changed}
+    return CompressionPass(name, "prune-channels", "", parameters, memory_factor=12.0)
 
 
 PASSES: Mapping[str, CompressionPass] = MappingProxyType(
@@ -67,11 +72,12 @@ PASSES: Mapping[str, CompressionPass] = MappingProxyType(
             ),
             CompressionPass("int4-weights", "int4-weights", "int4", {"block_size": 32, "accuracy_level": 4}),
             CompressionPass("float16", "float16", "fp16"),
-            CompressionPass("prune-light", "prune-channels", "", {**_PRUNE, "keep_cost": 0.75}, memory_factor=12.0),
-            CompressionPass("prune", "prune-channels", "", {**_PRUNE, "keep_cost": 0.5}, memory_factor=12.0),
-            CompressionPass("prune-hard", "prune-channels", "", {**_PRUNE, "keep_cost": 0.3}, memory_factor=12.0),
-            CompressionPass("low-rank", "low-rank", "", {**_PRUNE, "keep_energy": 0.999}, memory_factor=12.0),
-            CompressionPass("low-rank-hard", "low-rank", "", {**_PRUNE, "keep_energy": 0.99}, memory_factor=12.0),
+            _prune("prune-careful", keep_cost=0.1, most_error=0.005),
+            _prune("prune-light", keep_cost=0.75),
+            _prune("prune", keep_cost=0.5),
+            _prune("prune-hard", keep_cost=0.3),
+            CompressionPass("low-rank", "low-rank", "", {**_SAMPLES, "keep_energy": 0.999}, memory_factor=12.0),
+            CompressionPass("low-rank-hard", "low-rank", "", {**_SAMPLES, "keep_energy": 0.99}, memory_factor=12.0),
         )
     }
 )
@@ -81,7 +87,7 @@ FAMILY: Sequence[str] = (
     *PASSES,
     *(
         f"{first}{JOIN}{second}"
-        for first in ("prune-light", "prune", "prune-hard", "low-rank", "low-rank-hard")
+        for first in ("prune-careful", "prune-light", "prune", "prune-hard", "low-rank", "low-rank-hard")
         for second in ("static-int8", "dynamic-int8-per-tensor")
     ),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -108,7 +108,8 @@ class PruneChannels:
         found = activations.collect(model, samples, _axes(groups), task=task)
         reductions = [_reduction(each, model, found, len(fitted) / len(samples)) for each in groups]
         _find_sensitivities(model, reductions, found, held_back)
-        kept = _choose(model, reductions, float(task.parameters["keep_cost"]))
+        bounds = float(task.parameters["keep_cost"]), float(task.parameters["most_error"])
+        kept = _choose(model, reductions, *bounds)
         for reduction in reductions:
             count = kept[reduction.group.writer.output[0]]
             if count < reduction.group.channels:
@@ -251,23 +252,42 @@ def _find_sensitivities(
         each.sensitivity = max(lost, 1e-9) / max(each.errors[count], 1e-9)
 
 
-def _choose(model: onnx.ModelProto, reductions: Sequence[Reduction], keep_cost: float) -> dict[str, int]:
-    """Channels to keep per group: always the step that costs least accuracy per multiplication saved."""
+def _choose(
+    model: onnx.ModelProto, reductions: Sequence[Reduction], keep_cost: float, most_error: float
+) -> dict[str, int]:
+    """Channels to keep per group: always the step that costs least accuracy per multiplication saved.
+
+    It ends at ``keep_cost`` of all multiplications, or where the expected error would exceed ``most_error``, as a share
+    of the variance of the model's answer.
+    """
     kept = {each.group.writer.output[0]: each.group.channels for each in reductions}
     layers = cost.Layers(model, [each.group for each in reductions])
-    whole = layers.multiplications(kept)
+    whole, error = layers.multiplications(kept), 0.0
     while layers.multiplications(kept) > keep_cost * whole:
         steps = [step for each in reductions if (step := _step(each, kept, layers)) is not None]
-        if not steps:
+        affordable = [step for step in steps if error + step.lost <= most_error]
+        if not affordable:
             break
-        _, name, count = min(steps)
-        kept[name] = count
+        best = min(affordable, key=lambda step: (step.lost / max(step.saved, 1.0), step.name))
+        kept[best.name] = best.left
+        error += best.lost
     if all(kept[each.group.writer.output[0]] == each.group.channels for each in reductions):
-        raise Refusal("prune-channels does not help here: no channel can go")
+        raise Refusal(
+            f"prune-channels does not help here: taking any channels out costs more than {most_error:.1%} of the answer"
+        )
     return kept
 
 
-def _step(reduction: Reduction, kept: Mapping[str, int], layers: cost.Layers) -> tuple[float, str, int] | None:
+class _Step(NamedTuple):
+    """Cutting one group down to its next level: what it loses and saves."""
+
+    lost: float
+    saved: float
+    name: str
+    left: int
+
+
+def _step(reduction: Reduction, kept: Mapping[str, int], layers: cost.Layers) -> _Step | None:
     name = reduction.group.writer.output[0]
     lower = [count for count in reduction.errors if count < kept[name]]
     if not lower:
@@ -275,8 +295,7 @@ def _step(reduction: Reduction, kept: Mapping[str, int], layers: cost.Layers) ->
     count = max(lower)
     now = reduction.errors.get(kept[name], 0.0)
     saved = layers.multiplications(kept) - layers.multiplications({**kept, name: count})
-    lost = reduction.sensitivity * max(reduction.errors[count] - now, 0.0)
-    return (lost / max(saved, 1.0), name, count)
+    return _Step(reduction.sensitivity * max(reduction.errors[count] - now, 0.0), saved, name, count)
 
 
 def _fresh(model: onnx.ModelProto) -> onnx.ModelProto:
