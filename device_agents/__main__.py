@@ -22,6 +22,19 @@ from device_agents.version import agent_version
 logger = logging.getLogger("qoe_agent")
 
 LONGEST_CREDENTIAL = 256
+EXAMPLES = """\
+examples:
+  qoe-agent run --service-url https://qoe.example.org --token TOKEN   first start: the token is needed once
+  qoe-agent run --config /etc/qoe-agent.toml                          every later start
+  qoe-agent serve --model model.onnx --max-batch 8                    without any service
+  qoe-agent doctor                                                    what is missing, and what to do about it
+
+The model is served at http://127.0.0.1:8600/v2/models/NAME (Open Inference Protocol v2). Everything that must survive
+a restart is in the state folder (--state-dir). Exit status: 0, or 1 with one line on standard error.
+"""
+ALONE = frozenset({"serve", "profile"})
+WITHOUT_SERVICE = frozenset({"host", "port", "cpu_quota_emulated", "log_level"})
+SETTINGS = "also in the TOML file, and as QOE_AGENT_<SETTING> or QOE_AGENT_<SETTING>_FILE; a flag wins over both"
 
 FLAGS = (
     ("--service-url", "service_url", str),
@@ -56,9 +69,10 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="qoe-agent",
         description="Runs the model that the service chose for this device, and tells the service how it does.",
-        epilog="Every setting can also stand in a TOML file (--config) or in a variable QOE_AGENT_<SETTING>.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands (each has a --help of its own)")
     _command(commands, "run", _run, "serve and follow the service; enrols first when given a token")
     _command(commands, "enrol", _enrol, "trade an enrolment token for this device's credential, and end")
     serve = _command(commands, "serve", _serve, "serve one ONNX file without any service")
@@ -83,14 +97,30 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=help_text)
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=f"{help_text}.")
     command.set_defaults(command=run)
-    command.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
+    settings = command.add_argument_group("settings", SETTINGS)
+    settings.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
     for flag, setting, kind in FLAGS:
-        command.add_argument(flag, dest=setting, type=kind, help=AgentConfig.model_fields[setting].description)
-    command.add_argument("--label", action="append", metavar="KEY=VALUE", help="a label; may be repeated")
-    command.add_argument("--allow-plaintext", action="store_true", default=None, help="allow http:// elsewhere")
+        # All are taken everywhere, so that one set of settings fits all commands; shown is what matters to this one.
+        text = _explained(setting) if name not in ALONE or setting in WITHOUT_SERVICE else argparse.SUPPRESS
+        settings.add_argument(flag, dest=setting, type=kind, metavar=_unit(kind), help=text)
+    label = "a label; may be repeated" if name not in ALONE else argparse.SUPPRESS
+    settings.add_argument("--label", action="append", metavar="KEY=VALUE", help=label)
+    plaintext = "allow http:// to other machines than this" if name not in ALONE else argparse.SUPPRESS
+    settings.add_argument("--allow-plaintext", action="store_true", default=None, help=plaintext)
     return command
+
+
+def _unit(kind: type) -> str:
+    return {int: "NUMBER", float: "NUMBER", Path: "FOLDER"}.get(kind, "TEXT")
+
+
+def _explained(setting: str) -> str:
+    """What a setting is for, and what it is when nobody says."""
+    field = AgentConfig.model_fields[setting]
+    default = field.get_default(call_default_factory=True)
+    return f"{field.description or setting}{f' (default {default})' if default else ''}".replace("%", "%%")
 
 
 def _config(options: argparse.Namespace) -> AgentConfig:

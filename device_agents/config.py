@@ -56,7 +56,9 @@ class AgentConfig(BaseModel):
     cpu_quota_emulated: Annotated[float, Field(ge=0, le=64)] = Field(
         default=0.0, description="EMULATED limit: sleep after each run so that CPU time / wall time <= this; 0 = off"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="debug, info, warning or error; to standard error"
+    )
 
     @field_validator("labels", mode="before")
     @classmethod

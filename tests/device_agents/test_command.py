@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import onnx
 import pytest
 
 from device_agents.__main__ import main
@@ -25,7 +26,7 @@ from device_agents.runtime import Session
 from device_agents.store import Identity, Record, Store
 from device_agents.wire import UpdateState
 from tests.device_agents.fake_service import desired
-from tests.device_agents.models import Model, scaling
+from tests.device_agents.models import Model, dense, scaling
 from tests.device_agents.serving import client_of
 
 ROOT = Path(__file__).parents[2]
@@ -192,3 +193,28 @@ def test_the_example_of_the_readme_fits_the_demo_s_model() -> None:
     session = Session(ROOT / "demo" / "models" / "digits-small.onnx", threads=1)
     request = decode_request(body, json_size=None, inputs=session.inputs)
     assert check_inputs(request.inputs, session) == 1
+
+
+@pytest.mark.parametrize("command", ["run", "enrol", "serve", "profile", "status", "credential", "doctor"])
+def test_help_of_each_command_says_what_it_does_and_shows_the_settings_that_matter_to_it(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "QOE_AGENT_<SETTING>" in told
+    assert ("--service-url" in told) == (command not in {"serve", "profile"})
+
+
+def test_a_model_with_its_weights_beside_it_is_served_from_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "outside.onnx"
+    model = onnx.load_from_string(dense(width=64, layers=1).content)
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert main(["profile", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["a_ms"] >= 0
+    (tmp_path / "weights.bin").unlink()
+    assert main(["profile", str(path)]) == 1
+    assert "cannot be loaded" in capsys.readouterr().err
