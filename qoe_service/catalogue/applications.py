@@ -70,12 +70,21 @@ class ApplicationRecord(Record):
     silence: Silence = Silence()
     epsilon: Share = 0.05
     holdout: Share = 0.05
+    exploration_budget: Share = 0.05
     health_gate: Gate = Gate()
 
     def as_fields(self) -> dict[str, Any]:
         """The columns of Application that it fills."""
         same = {"title", "slo_p95_ms", "minimum_accuracy", "slo_violation_limit", "arrival_rate_rps"}
-        same |= {"lease_s", "feedback_wait_s", "epsilon", "holdout", "health_gate", "configurations"}
+        same |= {
+            "lease_s",
+            "feedback_wait_s",
+            "epsilon",
+            "holdout",
+            "exploration_budget",
+            "health_gate",
+            "configurations",
+        }
         return {
             **self.model_dump(mode="json", include=same),
             "silence_after_s": self.silence.after_s,

@@ -41,6 +41,9 @@ class Application(models.Model):
     silence_reward = models.FloatField(null=True, blank=True, help_text="reward of a silent lease; null drops it")
     epsilon = models.FloatField(default=0.05, help_text="share of decisions drawn uniformly")
     holdout = models.FloatField(default=0.05, help_text="share of decisions kept for references")
+    exploration_budget = models.FloatField(
+        default=0.05, help_text="share of the baseline's mean QoE that exploring may cost; 1 sets no bound"
+    )
     health_gate = models.JSONField(default=dict, blank=True)
     dataset = models.ForeignKey(Artifact, null=True, blank=True, on_delete=models.PROTECT, related_name="+")
     created_at = models.DateTimeField()

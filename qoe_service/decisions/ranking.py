@@ -90,6 +90,7 @@ def _rank(
         epsilon=application.epsilon,
         holdout=application.holdout,
         slo_violation_limit=application.slo_violation_limit,
+        budget=application.exploration_budget,
     )
 
     def rank_by(champion: policies.Champion) -> Ranking:

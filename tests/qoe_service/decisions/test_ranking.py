@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from pytest_django import Settings
 
 from qoe_service.decisions import features, policies, ranking
-from qoe_service.decisions.models import Decision, PolicyVersion
+from qoe_service.decisions.models import CalibrationRow, Decision, PolicyVersion
 from qoe_service.decisions.record import interaction_of
 from qoe_service.errors import Unavailable
 from qoe_service.observability import take_rankings
 from selector.baselines import RandomPolicy
+from selector.feasibility import EXPLORATION_BUDGET
 from selector.interactions import Candidate, Context
 from selector.records import candidates_from_record, context_from_record
 from tests.builders import NOW, make_application, make_device
@@ -37,6 +38,38 @@ def test_before_the_first_policy_decisions_are_uniform_over_what_is_feasible(sce
     assert len(candidates) == 6
     assert [candidate.probability for candidate in candidates] == [pytest.approx(1 / 6)] * 6
     assert (decision.kind, decision.policy_number) == ("uniform", 0)
+
+
+def overdrawn(scene: Scene) -> Decision:
+    """The next decision of a device that earned next to nothing where its baseline would have earned 0.9 each time."""
+    scene.application.baseline_digest = scene.variants[0].artifact_id
+    scene.application.baseline_configuration = scene.application.configurations[0]
+    scene.application.save()
+    standing = [50.0, 5.0, 45.0, 10.0, 0.0, 40.0, -0.8]
+    CalibrationRow.objects.create(
+        application=scene.application,
+        scope="device:d-device-0",
+        revision=1,
+        state={"revision": 1, "standing": standing},
+    )
+    return scene.decide()
+
+
+def test_a_device_that_lost_too_much_is_brought_back_to_its_baseline(scene: Scene) -> None:
+    decision = overdrawn(scene)
+    candidates = candidates_from_record(decision.candidates)
+    baseline = next(each for each in candidates if each.action.key == context_from_record(decision.context).baseline)
+    held_back = [each for each in candidates if EXPLORATION_BUDGET in each.soft_masks]
+    assert len(held_back) == len(candidates) - 1
+    assert baseline not in held_back
+    assert all(0 < each.probability < 0.1 * baseline.probability for each in held_back)
+
+
+def test_an_operator_may_set_no_budget(scene: Scene) -> None:
+    scene.application.exploration_budget = 1
+    scene.application.save()
+    candidates = candidates_from_record(overdrawn(scene).candidates)
+    assert not any(each.soft_masks for each in candidates)
 
 
 def test_a_decision_records_all_that_it_was_made_from(scene: Scene) -> None:
