@@ -6,7 +6,6 @@ import contextlib
 import io
 
 import onnx
-import onnxslim
 
 from . import checks
 from .datasets import Dataset
@@ -14,6 +13,9 @@ from .interface import Task
 from .refusal import Refusal
 
 CUSTOM_DOMAINS = frozenset({"com.microsoft"})
+LEFT_OVER = frozenset(
+    {"Constant", "Identity", "Shape", "Unsqueeze", "BatchNormalization", "Dropout", "ConstantOfShape"}
+)
 
 
 class CleanUp:
@@ -37,8 +39,15 @@ class CleanUp:
         onnx.save(slim, task.target)
 
 
+def tidied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Cleaned, if anything in it is left over from its export; the model itself otherwise."""
+    return slimmed(model) if any(node.op_type in LEFT_OVER for node in model.graph.node) else model
+
+
 def slimmed(model: onnx.ModelProto) -> onnx.ModelProto:
     """A cleaned copy; the model itself where the cleaner cannot cope with it."""
+    import onnxslim  # noqa: PLC0415 - takes half a second to load, and most models need none of it
+
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     # it prints tables for people, and stops the program on some models

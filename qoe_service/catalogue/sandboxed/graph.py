@@ -10,7 +10,7 @@ import onnx
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from . import checks
-from .cleanup import slimmed
+from .cleanup import tidied
 
 QUANTISED_OPERATORS = frozenset(
     {
@@ -31,7 +31,7 @@ def why_quantised(model: onnx.ModelProto) -> str | None:
 
 def prepare(source: Path, target: Path) -> onnx.ModelProto:
     """Clean up, infer shapes, fuse what can be fused on every machine, in an opset that knows per-channel scales."""
-    model = slimmed(checks.read(source))
+    model = tidied(checks.read(source))
     if checks.opset_of(model) < PER_CHANNEL_OPSET:
         model = onnx.version_converter.convert_version(model, PER_CHANNEL_OPSET)
     onnx.save(model, target)
