@@ -50,7 +50,7 @@ class Report:
 
 
 def run_swaps(folder: Path, report: Report, *, is_quick: bool) -> None:
-    found = swaps(folder, count=4 if is_quick else 40)
+    found = swaps(folder, count=2 if is_quick else 40)
     report.summary |= {"failed_requests_in_swaps": found.failed, "swap_p99_ratio": round(found.p99_ratio, 2)}
     report.row(
         f"swaps at {found.rate_rps:.0f} requests/s",
@@ -67,7 +67,7 @@ def run_swaps(folder: Path, report: Report, *, is_quick: bool) -> None:
 
 
 def run_kills(folder: Path, report: Report, *, is_quick: bool) -> None:
-    per_state, arbitrary = (1, 2) if is_quick else (20, 100)
+    per_state, arbitrary = (1, 1) if is_quick else (20, 100)
     found = faults.kills(folder, per_state=per_state, arbitrary=arbitrary)
     _count_unverified(report, found.unverified_served)
     report.summary |= {"kills": found.kills, "boots_to_committed": found.boots_to_committed}
@@ -94,7 +94,7 @@ def run_kills(folder: Path, report: Report, *, is_quick: bool) -> None:
 
 
 def run_cuts(folder: Path, report: Report, *, is_quick: bool) -> None:
-    downloads, cuts_each = (2, 3) if is_quick else (20, 5)
+    downloads, cuts_each = (1, 3) if is_quick else (20, 5)
     found = faults.cuts(folder, downloads=downloads, cuts_each=cuts_each)
     _count_unverified(report, found.unverified_served)
     report.summary["overfetch_chunks_per_break"] = round(found.overfetch_chunks_per_break, 3)
@@ -127,7 +127,7 @@ def run_clocks(folder: Path, report: Report, *, is_quick: bool) -> None:
 
 
 def run_backlog(folder: Path, report: Report, *, is_quick: bool) -> None:
-    found = faults.backlog(folder, records=20_000 if is_quick else 100_000)
+    found = faults.backlog(folder, records=5_000 if is_quick else 100_000)
     report.summary["ready_with_backlog_s"] = round(found.ready_s, 2)
     report.row(
         f"ready with {found.records} spooled records (without), s",
@@ -144,9 +144,10 @@ def run_backlog(folder: Path, report: Report, *, is_quick: bool) -> None:
 
 
 def run_push(folder: Path, report: Report, *, is_quick: bool) -> None:
-    from benchmarks.fleet import measure  # noqa: PLC0415 - the only part that needs the service
+    from benchmarks.fleet import ALL_BACKENDS, QUICK_BACKENDS, measure  # noqa: PLC0415 - the only part with a service
 
-    for found in measure(folder, devices=100 if is_quick else 1000):
+    devices, backends = (100, QUICK_BACKENDS) if is_quick else (1000, ALL_BACKENDS)
+    for found in measure(folder, devices=devices, backends=backends):
         print(f"-- {found.devices} connected agents, {found.backend}")
         for name, value, limit in found.rows():
             report.row(name, f"{value:.2f}", f"at most {limit:g}", holds=value <= limit)

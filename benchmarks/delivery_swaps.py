@@ -24,7 +24,7 @@ from benchmarks.delivery_rig import APPLICATION, ROOT, App, Device, Model, RigSe
 from device_agents.wire import UpdateState
 
 MODELS = ROOT / "demo" / "models"
-SETTLED_S = 1.0
+SETTLED_S = 0.8
 CALLERS = 8
 SHARE_OF_CAPACITY = 0.3
 
@@ -146,7 +146,7 @@ def _swap(service: RigService, device: Device, models: list[Model], count: int) 
         raise TimeoutError("the first variant was not committed")
     load = _Load(device.port, _digit(), seed=1)
     App(device.port, body=_digit()).first_answer()
-    rate_rps = SHARE_OF_CAPACITY * load.capacity_rps(2.0)
+    rate_rps = SHARE_OF_CAPACITY * load.capacity_rps(1.0)
     spans, committed = [], 0
     with load.running(rate_rps):
         time.sleep(2 * SETTLED_S)

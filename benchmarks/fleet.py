@@ -29,6 +29,7 @@ from device_agents.wire import DesiredState, SignedDesired, WakeUp
 
 PAGE_EVERY_S = 0.25
 ALL_WITHIN_S = 60.0
+ALL_BACKENDS, QUICK_BACKENDS = ("SQLite", "PostgreSQL and Redis"), ("SQLite",)
 
 
 @dataclass(frozen=True)
@@ -259,9 +260,7 @@ def _servers(folder: Path) -> Iterator[dict[str, str] | None]:
         yield None
 
 
-def measure(
-    folder: Path, *, devices: int, backends: tuple[str, ...] = ("SQLite", "PostgreSQL and Redis")
-) -> list[Found]:
+def measure(folder: Path, *, devices: int, backends: tuple[str, ...] = ALL_BACKENDS) -> list[Found]:
     """The story on each backend that runs here."""
     found = []
     for backend in backends:
@@ -291,7 +290,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="100 agents on SQLite")
     parser.add_argument("--devices", type=int, default=1000)
     options = parser.parse_args()
-    devices, backends = (100, ("SQLite",)) if options.quick else (options.devices, ("SQLite", "PostgreSQL and Redis"))
+    devices, backends = (100, QUICK_BACKENDS) if options.quick else (options.devices, ALL_BACKENDS)
     summary = {}
     with tempfile.TemporaryDirectory(prefix="fleet-", ignore_cleanup_errors=True) as folder:
         for found in measure(Path(folder), devices=devices, backends=backends):
