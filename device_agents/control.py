@@ -19,9 +19,13 @@ CONTROLLER_VERSION = "slo-1"
 
 MEMORY = 0.97  # of what was learnt, per run: about the last thirty runs count
 PRIOR_RUNS = 0.5  # what the warm-up's fit weighs at either end of the line, in runs
-LARGEST_SURPRISE = 4.0  # a run that took longer than this times its prediction was not the model's doing
+LARGEST_SURPRISE = 1.5  # of a run, by its prediction: stalls move what is learnt towards the typical run, not the mean
+LARGEST_TAIL = 1.5
 TAIL_SHARE, TAIL_STEP = 0.9, 0.02
-CONCURRENCY_STEP = 0.1
+CONCURRENCY_STEP = 0.03
+DOUBT = (
+    0.0003  # per run alone, of what is believed about runs at once: what was true of a busy neighbour is tried again
+)
 WORTHWHILE_GAIN = 1.05  # of throughput, for one more run at once
 BUSY_SHARE = 0.85  # of its capacity, up to which a plan is called enough
 HOPELESS_RUNS = 2.0  # an SLO below this many runs of one row cannot be planned for: the device does what it can
@@ -42,6 +46,7 @@ class ServiceTimes:
     tail: float = 1.1
     level: float = 1.0
     slowdown: tuple[float, ...] = (1.0,)
+    slowdown_prior: tuple[float, ...] = (1.0,)
     sums: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)
 
     def predict_ms(self, rows: int, concurrency: int = 1) -> float:
@@ -57,11 +62,12 @@ class ServiceTimes:
         expected_ms = max(self.predict_ms(rows, concurrency), 1e-6)
         surprise = min(max(service_ms / expected_ms, 1 / LARGEST_SURPRISE), LARGEST_SURPRISE)
         # A step up weighs nine times one down, so that the factor settles where one run in ten is above it.
-        step = TAIL_STEP * (TAIL_SHARE if surprise > self.tail else TAIL_SHARE - 1)
-        tail = min(max(self.tail + step, 1.02), LARGEST_SURPRISE)
+        step = TAIL_STEP * (TAIL_SHARE if service_ms > self.tail * expected_ms else TAIL_SHARE - 1)
+        tail = min(max(self.tail + step, 1.02), LARGEST_TAIL)
         if concurrency > 1:
             index = min(concurrency, len(self.slowdown)) - 1
-            slower = self.slowdown[index] * (1 + CONCURRENCY_STEP * (surprise - 1))
+            # Equal steps up and down settle at the median, which stalls do not move.
+            slower = self.slowdown[index] * (1 + math.copysign(CONCURRENCY_STEP, service_ms - expected_ms))
             slowdown = (*self.slowdown[:index], min(max(slower, 0.5), 4.0 * (index + 1)), *self.slowdown[index + 1 :])
             return replace(self, tail=tail, slowdown=slowdown)
         return self._refitted(rows=rows, service_ms=surprise * expected_ms, tail=tail)
@@ -84,9 +90,10 @@ class ServiceTimes:
         b_ms = (t - a_ms * n) / w
         if b_ms < 0:
             a_ms, b_ms = nt / nn, 0.0
-        return ServiceTimes(
-            prior=self.prior, a_ms=a_ms, b_ms=b_ms, tail=tail, level=level, slowdown=self.slowdown, sums=sums
+        slowdown = tuple(
+            now + DOUBT * (before - now) for now, before in zip(self.slowdown, self.slowdown_prior, strict=True)
         )
+        return replace(self, a_ms=a_ms, b_ms=b_ms, tail=tail, level=level, slowdown=slowdown, sums=sums)
 
 
 def start(a_ms: float, b_ms: float, *, max_concurrency: int, cores: int, threads: int = 1) -> ServiceTimes:
@@ -96,7 +103,7 @@ def start(a_ms: float, b_ms: float, *, max_concurrency: int, cores: int, threads
     (1.0, 1.0, 1.5)
     """
     slowdown = tuple(max(1.0, running * threads / max(1, cores)) for running in range(1, max_concurrency + 1))
-    return ServiceTimes(prior=(a_ms, b_ms), a_ms=a_ms, b_ms=b_ms, slowdown=slowdown)
+    return ServiceTimes(prior=(a_ms, b_ms), a_ms=a_ms, b_ms=b_ms, slowdown=slowdown, slowdown_prior=slowdown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +152,11 @@ def plan(times: ServiceTimes, *, rate_rps: float, slo_ms: float, max_batch: int,
         # A larger batch must be worth what it makes its first request wait.
         batch = next(batch for batch, rps in useful.items() if rps * WORTHWHILE_GAIN >= max(useful.values()))
         capacity_rps = useful[batch]
-        run_ms = times.predict_ms(1, concurrency)
         load = min(1.0, rate_rps / max(capacity_rps, 1e-6))
         answered = min(rate_rps, BUSY_SHARE * capacity_rps)
-        found.append((answered, -run_ms * (1.0 + load / concurrency), Plan(batch, concurrency, capacity_rps)))
+        # A wait grows with the load and shrinks with the callers; runs slow each other only as often as they meet.
+        slower = 1.0 + load * (times.predict_ms(1, concurrency) / max(times.predict_ms(1), 1e-6) - 1.0)
+        found.append((answered, -slower * (1.0 + load / concurrency), Plan(batch, concurrency, capacity_rps)))
     _, _, best = max(found, key=lambda each: each[:2])
     return replace(best, is_overloaded=rate_rps > BUSY_SHARE * best.capacity_rps)
 

@@ -33,7 +33,7 @@ CONV, DENSE = (4.0, 0.1), (0.2, 4.0)
 ROW = {"x": np.ones((1, 4), dtype=np.float32)}
 
 
-def learnt(line: tuple[float, float], truth: tuple[float, float], *, runs: int = 60) -> ServiceTimes:
+def learnt(line: tuple[float, float], truth: tuple[float, float], *, runs: int = 200) -> ServiceTimes:
     """What is believed after runs of one to eight rows that took what ``truth`` says, give or take."""
     rng, times = random.Random(3), start(*line, max_concurrency=2, cores=2)
     for number in range(runs):
@@ -139,6 +139,16 @@ def test_twice_the_load_that_can_be_served_does_not_lower_what_is_served_in_time
     )
     assert at_capacity > 0.75 * capacity_rps
     assert above > 0.95 * at_capacity
+
+
+def test_stalls_of_the_machine_do_not_make_it_believe_in_slow_runs_or_give_up_runs_at_once() -> None:
+    rng, times = random.Random(4), start(*DENSE, max_concurrency=2, cores=2)
+    for number in range(600):
+        stall = rng.uniform(2, 6) if rng.random() < 0.2 else 1.0
+        rows = 1 + number % 4
+        times = times.observed(rows=rows, service_ms=stall * (0.2 * rows + 4.0), concurrency=1 + number % 2)
+    assert times.predict_ms(4) == pytest.approx(4.8, rel=0.35)
+    assert plan(times, rate_rps=300, slo_ms=20, max_batch=16, max_concurrency=2).concurrency == 2
 
 
 def test_the_arrival_rate_follows_a_step_within_seconds() -> None:
