@@ -13,7 +13,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.contenders import BEST_FIXED, BEST_PER_CLASS, OURS, RANDOM, contenders
+from benchmarks.contenders import BEST_FIXED, BEST_PER_CLASS, OURS, RANDOM, contenders, declared_formulas
+from benchmarks.frontier import InformedPolicy
 from benchmarks.latency_table import load
 from selector.calibration import Calibration
 from selector.hardness import Hardness, hardness
@@ -27,6 +28,7 @@ Mask = NDArray[np.bool_]
 
 # These need no run: what they earn is summed up exactly from the world's truth.
 EXACT = (RANDOM, BEST_FIXED, BEST_PER_CLASS)
+FRONTIER = "informed learner (frontier)"
 UNGUARDED, STRESSED = f"{OURS}, no budget", f"{OURS}, stress"
 BUDGET = 0.05
 WARM_UP = 10
@@ -86,14 +88,23 @@ def run(task: Task) -> tuple[list[Outcome], Hardness]:
 
 
 def lineup(world: SimulatedWorld) -> list[tuple[Contender, Feedback]]:
-    """Everyone who plays, and the conditions: ours also without its budget and under stress."""
+    """Everyone who plays, and the conditions: ours also without its budget and under stress, and the frontier."""
     everyone = [each for each in contenders(world) if each.name not in EXACT]
     ours = next(each for each in everyone if each.name == OURS)
     plain = [(each, Feedback()) for each in everyone]
     if ours.exploration.budget < 1:
         unguarded = replace(ours, name=UNGUARDED, exploration=replace(ours.exploration, budget=1.0))
         plain.append((unguarded, Feedback()))
-    return [*plain, (replace(ours, name=STRESSED), STRESS)]
+    return [*plain, (replace(ours, name=STRESSED), STRESS), (frontier(world, ours), Feedback())]
+
+
+def frontier(world: SimulatedWorld, ours: Contender) -> Contender:
+    """The learner that is told the structure of the world, on our calibrated prediction."""
+    formulas = declared_formulas(world)
+    exploration = replace(ours.exploration, shortlist_size=40, budget=1.0)
+    return replace(
+        ours, name=FRONTIER, role="reference", make_policy=lambda _: InformedPolicy(formulas), exploration=exploration
+    )
 
 
 def state_megabytes(devices: int, known: int = 50, steps: int = 100) -> float:
