@@ -243,6 +243,7 @@ def _expected(interaction: Interaction, log_multiplier: float) -> tuple[float, f
         bounds.max_batch,
         bounds.max_concurrency,
         interaction.context.arrival_rate_rps,
+        held_back=candidate.prediction.held_back,
     )
     return float(queue.p50_ms), float(queue.p95_ms), float(queue.utilisation)
 

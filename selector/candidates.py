@@ -19,6 +19,11 @@ Mask = NDArray[np.bool_]
 Reasons = Mapping[int, tuple[str, ...]]
 
 
+# Rows of the numbers; the source stands among the fields of a prediction where the bonus stands here.
+_QOE, _BONUS = 5, 12
+_SOURCE = _BONUS
+
+
 class Candidates(Sequence[Candidate]):
     """Read-only sequence of ``Candidate``, in the order of the table's actions.
 
@@ -59,6 +64,7 @@ class Candidates(Sequence[Candidate]):
                 predicted.raw_b_ms,
                 predicted.raw_cpu_ms,
                 bonus,
+                predicted.held_back,
             )
         ).round(6)
 
@@ -78,12 +84,12 @@ class Candidates(Sequence[Candidate]):
     @property
     def qoe(self) -> Floats:
         """Predicted QoE, shape (actions,)."""
-        return np.asarray(self._numbers[5])
+        return np.asarray(self._numbers[_QOE])
 
     @property
     def value(self) -> Floats:
         """Predicted QoE with the bonus, shape (actions,): what choosing goes by."""
-        return np.asarray(self._numbers[5] + self._numbers[-1])
+        return np.asarray(self._numbers[_QOE] + self._numbers[_BONUS])
 
     def __len__(self) -> int:
         return len(self._table.actions)
@@ -108,7 +114,7 @@ class Candidates(Sequence[Candidate]):
         made = []
         for place in places:
             parts: list[Any] = self._numbers[:, place].tolist()
-            parts.insert(-1, source[place])
+            parts.insert(_SOURCE, source[place])
             made.append(
                 Candidate(
                     table[place],

@@ -100,7 +100,8 @@ class Prediction:
     are what was expected before calibration, so that the calibration learns the same whichever revision
     predicted; ``source`` says whose profile they come from (``device``, ``device_scaled``, ``class``,
     ``server``, ``size``). ``bonus`` is what finding out may be worth, less what the risk of missing the SLO
-    costs: added to ``qoe`` when choosing, never when learning.
+    costs: added to ``qoe`` when choosing, never when learning. ``held_back`` says how many
+    times longer than a run its device is taken by it (a CPU quota).
     """
 
     p50_ms: float
@@ -117,6 +118,7 @@ class Prediction:
     raw_cpu_ms: float = 0.0
     source: str = ""
     bonus: float = 0.0
+    held_back: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ Floats = NDArray[np.float64]
 OVERSUBSCRIPTION_LOSS = 0.4
 LARGEST_SENSITIVITY = 5.0
 NOISE_SD = 0.08
+QUOTA_PERIOD_MS = 100.0
 # Three-point Gauss-Hermite quadrature: how far the outer points lie from the mean, and what each weighs.
 HOPEFUL_SD, HOPEFUL_WEIGHT = math.sqrt(3.0), 1.0 / 6.0
 
@@ -49,6 +50,7 @@ class Predicted:
     raw_a_ms: Floats
     raw_b_ms: Floats
     raw_cpu_ms: Floats
+    held_back: Floats
     memory_bytes: Floats
     source: tuple[str, ...]
 
@@ -69,9 +71,15 @@ class LatencyModel:
         known = self._calibration.correction(context, effect_table(table, times.source))
         service, tail, cpu = np.exp(known.mean)
         crowd = _contention(context, table, times.a_ms + times.b_ms)
-        raw_a, raw_b = times.a_ms * crowd, np.maximum(times.b_ms * crowd, 1e-6)
+        stalled, held_back = _quota_stalls(context, table, times.a_ms + times.b_ms, crowd)
+        raw_a, raw_b = times.a_ms * stalled, np.maximum(times.b_ms * stalled, 1e-6)
         queue = sojourn_columns(
-            raw_a * service, raw_b * service, table.max_batch, table.max_concurrency, context.arrival_rate_rps
+            raw_a * service,
+            raw_b * service,
+            table.max_batch,
+            table.max_concurrency,
+            context.arrival_rate_rps,
+            held_back=held_back,
         )
         raw_cpu = (times.a_ms + times.b_ms / queue.batch) * np.minimum(table.threads, context.cores)
         p95_ms: Floats = np.maximum(queue.p95_ms * tail, queue.p50_ms * 1.02)
@@ -97,6 +105,7 @@ class LatencyModel:
             raw_a_ms=raw_a,
             raw_b_ms=raw_b,
             raw_cpu_ms=raw_cpu,
+            held_back=held_back,
             memory_bytes=times.memory_bytes,
             source=times.source,
         )
@@ -123,3 +132,20 @@ def _contention(context: Context, table: ActionTable, one_ms: Floats) -> Floats:
     shared = np.maximum(1.0, wanted + context.cpu_load_share)
     crowd: Floats = shared * (1.0 + OVERSUBSCRIPTION_LOSS * np.minimum(np.maximum(wanted - 1.0, 0.0), 1.0))
     return crowd
+
+
+def _quota_stalls(context: Context, table: ActionTable, one_ms: Floats, crowd: Floats) -> tuple[Floats, Floats]:
+    """What a CPU quota does: how many times longer a run takes, crowding included, and how many times longer than that
+    it keeps the next one waiting.
+
+    A quota of q cores grants q x 100 ms of CPU time per 100 ms. A run within one grant is not slowed down, a longer one
+    stalls until the next; whatever it used has to be granted again before the device can sustain another (Linux CFS
+    bandwidth control).
+    """
+    quota = context.features.get("cpu_quota")
+    if not isinstance(quota, (int, float)) or not 0 < quota < context.cores:
+        return crowd, np.ones_like(crowd)
+    threads = np.minimum(table.threads, context.cores)
+    granted_ms = one_ms * threads / quota
+    run_ms = np.maximum(one_ms * crowd, granted_ms - QUOTA_PERIOD_MS * np.maximum(1.0 - quota / threads, 0.0))
+    return run_ms / one_ms, np.maximum(granted_ms / run_ms, 1.0)

@@ -61,6 +61,7 @@ def sojourn(
     rate_rps: ArrayLike,
     *,
     service_scv: float = 0.02,
+    held_back: float = 1.0,
 ) -> QueueEstimate:
     """Sojourn times of Poisson requests at ``servers`` callers that each serve up to ``max_batch`` in ``a*n +
     b`` ms.
@@ -79,21 +80,29 @@ def sojourn(
     columns = np.broadcast_arrays(
         *(np.asarray(each, dtype=np.float64) for each in (a_ms, b_ms, max_batch, servers, rate_rps))
     )
-    flat = sojourn_columns(*(each.ravel() for each in columns), service_scv=service_scv)
+    flat = sojourn_columns(*(each.ravel() for each in columns), service_scv=service_scv, held_back=held_back)
     return QueueEstimate(**{each.name: getattr(flat, each.name).reshape(columns[0].shape) for each in fields(flat)})
 
 
 def sojourn_columns(
-    a: Floats, b: Floats, largest: Floats, c: Floats, rate: Floats | float, *, service_scv: float = 0.02
+    a: Floats,
+    b: Floats,
+    largest: Floats,
+    c: Floats,
+    rate: Floats | float,
+    *,
+    service_scv: float = 0.02,
+    held_back: Floats | float = 1.0,
 ) -> QueueEstimate:
-    """The same for arrays of one shape, (actions,), and one rate."""
+    """The same for arrays of one shape, (actions,), and one rate. ``held_back`` says how many times longer than a
+    service its server is taken: above 1 where a quota must recover."""
     per_ms = rate / 1000.0
     size: Floats = np.minimum(np.maximum(per_ms * b / np.maximum(c - per_ms * a, 1e-9), 1.0), largest)
     service = a * size + b
-    full = (a * largest + b) / (largest * c)
+    full = (a * largest + b) / (largest * c) * held_back
     rho = per_ms * full
     # How often an arrival finds all servers busy: by requests alone at light load, by batches once they form.
-    busy = np.minimum(per_ms * service / (size * c), 1.0) ** (np.sqrt(2.0 * (c + 1.0)) - 1.0)
+    busy = np.minimum(per_ms * service * held_back / (size * c), 1.0) ** (np.sqrt(2.0 * (c + 1.0)) - 1.0)
     residual = service / c
     behind = (1.0 + service_scv) / 2.0 * np.minimum(rho, 1.0) * _slowdown(rho) * full
     # No wait with probability 1 - busy, else the rest of a service and an exponential queue.

@@ -109,6 +109,8 @@ def check_prediction(candidate: Candidate, field: str) -> None:
         number(f"{field}.prediction.{part}", getattr(prediction, part), 0, 1e15)
     for part in ("raw_a_ms", "raw_b_ms", "raw_cpu_ms"):
         number(f"{field}.prediction.{part}", getattr(prediction, part), 0, 1e15)
+    number(f"{field}.prediction.bonus", prediction.bonus, -1e6, 1e6)
+    number(f"{field}.prediction.held_back", prediction.held_back, 1, 1e9)
 
 
 def _is_sound(prediction: Prediction, accuracy: float) -> bool:
@@ -128,6 +130,8 @@ def _is_sound(prediction: Prediction, accuracy: float) -> bool:
             and 0 <= prediction.raw_a_ms <= 1e15
             and 0 <= prediction.raw_b_ms <= 1e15
             and 0 <= prediction.raw_cpu_ms <= 1e15
+            and -1e6 <= prediction.bonus <= 1e6
+            and 1 <= prediction.held_back <= 1e9
         )
     except TypeError:
         return False

@@ -286,3 +286,27 @@ def test_a_time_too_short_to_be_one_was_not_measured(quantity: str, value: float
     absurd = closed(ranking, context(arrival_rate_rps=1.0), measurement, 0.5, "decision-1")
     assert calibration.update(absurd) == set()
     assert calibration.rows() == {}
+
+
+def throttled(some: tuple[Profile, ...], quota: float | None, rate_rps: float = 0.1) -> Predicted:
+    features = {} if quota is None else {"cpu_quota": quota}
+    situation = context(cores=1, arrival_rate_rps=rate_rps, features=features)
+    return LatencyModel(some).predict(situation, action_table((action(0),)))
+
+
+def test_a_run_within_one_grant_of_a_cpu_quota_is_not_slowed_down() -> None:
+    short = (Profile(variant(0).digest, 1, 0.0, 10.0),)
+    free, limited = throttled(short, None), throttled(short, 0.2)
+    assert limited.p50_ms == pytest.approx(free.p50_ms)
+    assert limited.held_back == pytest.approx([5.0])
+
+
+def test_a_longer_run_stalls_until_the_next_grant() -> None:
+    """40 ms of work at 20 ms per 100 ms: 20 ms, 80 ms of waiting, 20 ms."""
+    assert throttled((Profile(variant(0).digest, 1, 0.0, 40.0),), 0.2).p50_ms == pytest.approx([120.0], rel=0.01)
+
+
+def test_a_quota_bounds_what_a_device_sustains() -> None:
+    some = (Profile(variant(0).digest, 1, 0.0, 10.0),)
+    assert throttled(some, None, rate_rps=30.0).p95_ms[0] < 30
+    assert throttled(some, 0.2, rate_rps=30.0).p95_ms[0] > 200
