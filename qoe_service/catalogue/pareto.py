@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qoe_service.catalogue.models import Application, Profile, Variant
+from qoe_service.fleet.models import Device
 
 SERVER = "server"
 SAME_SPEED = 0.03  # times closer than this are the same: two runs of one model differ as much
@@ -18,7 +19,10 @@ SAME_SPEED = 0.03  # times closer than this are the same: two runs of one model 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A variant on one class of devices; times are of a single row on one thread. ``root`` is the imported model."""
+    """A variant on one class of devices; times are of a single row on one thread. ``root`` is the imported model.
+
+    ``accuracy_from`` names the instruction sets that the accuracy was measured with, where those are not the class's.
+    """
 
     name: str
     digest: str
@@ -28,6 +32,7 @@ class Point:
     size_bytes: int
     cpu_ms: float | None = None
     root: str = ""
+    accuracy_from: str = ""
 
     @property
     def is_compressed(self) -> bool:
@@ -37,7 +42,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What a measured variant is worth on one class of devices; ``reason`` is empty on the front."""
+    """What a measured variant is worth on one class of devices, and why; on the front only with a reservation."""
 
     point: Point
     dominated_by: str = ""
@@ -86,9 +91,13 @@ def _standing(point: Point, points: Sequence[Point], root: Point | None) -> Stan
         )
     better = [other for other in points if _dominates(other, point)]
     if not better:
-        return Standing(point)
+        return Standing(point, reason=_reservation(point))
     best = min(better, key=lambda other: (other.latency_ms, -other.accuracy, other.size_bytes, other.name))
     return Standing(point, best.name, f"no more accurate and {_losses(point, best)} than {best.name}")
+
+
+def _reservation(point: Point) -> str:
+    return f"accuracy not measured here, but on {point.accuracy_from}" if point.accuracy_from else ""
 
 
 def _dominates(one: Point, other: Point) -> bool:
@@ -125,7 +134,16 @@ def _point(rows: Sequence[Profile], root_names: dict[int, str]) -> Point:
         size_bytes=variant.artifact.size_bytes,
         cpu_ms=statistics.median(cpu) if cpu else None,
         root=root_names[variant.pk],
+        accuracy_from="" if all(_has_isa_of(variant, row.device) for row in rows) else variant.accuracy_isa,
     )
+
+
+def _has_isa_of(variant: Variant, device: Device | None) -> bool:
+    """Whether a device computes as the server did that measured the accuracy."""
+    if device is None:
+        return True
+    machine, *words = variant.accuracy_isa.split() or [""]
+    return device.hardware.get("architecture") == machine and set(device.hardware.get("isa", ())) == set(words)
 
 
 def _root_names(application: Application) -> dict[int, str]:

@@ -74,6 +74,18 @@ def test_each_class_of_devices_has_its_own_front_of_what_was_measured_there() ->
 
 
 @pytest.mark.django_db
+def test_a_front_tells_when_an_accuracy_comes_from_other_instruction_sets() -> None:
+    variant = make_variant(make_application(), accuracy_isa="x86_64 avx2 vnni")
+    for name, isa in (("old", ["avx2"]), ("new", ["vnni", "avx2"])):
+        hardware = {"isa": isa, "architecture": "x86_64"}
+        make_profile(variant, make_device(name, device_class=name, hardware=hardware))
+    fronts = pareto.fronts(variant.application)
+    assert fronts["new"][0].reason == ""
+    assert fronts["old"][0].reason == "accuracy not measured here, but on x86_64 avx2 vnni"
+    assert fronts["old"][0].is_on_front
+
+
+@pytest.mark.django_db
 def test_accuracy_is_known_only_where_it_was_measured() -> None:
     variant = make_variant(make_application(), accuracy=0.9, accuracy_isa="x86_64 avx2 vnni")
     assert evaluation.accuracy_on(variant, "x86_64 avx2 vnni") == 0.9
