@@ -6,6 +6,7 @@ several callers of one session, which costs no second copy of the weights.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -29,6 +30,8 @@ Array = NDArray[Any]
 
 SHORT_MS = 0.5
 SAMPLED = 8
+SMALL_SHARE = 4
+SHRINK_AFTER_S = 5.0
 
 # ONNX Runtime's names of element types, and what the Open Inference Protocol and numpy call them.
 DATATYPES: Mapping[str, tuple[str, np.dtype[Any]]] = {
@@ -114,8 +117,9 @@ class Session:
         self._quota = quota
         self._running = 0
         self._runs = 0
-        self._is_short = False
+        self._is_short = self._is_swollen = False
         self._cpu_share = 1.0
+        self._largest_bytes, self._swelled_s = 0, -math.inf
 
     @property
     def signature(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -128,13 +132,13 @@ class Session:
         Asking for CPU time costs as much as the shortest runs do: of those, one in ``SAMPLED`` is asked about.
         """
         self._runs += 1
-        if self._is_short and self._quota is None and self._runs % SAMPLED:
+        if self._is_short and not self._is_swollen and self._quota is None and self._runs % SAMPLED:
             return self._run_unsampled(inputs)
         clock = time.thread_time if self.threads == 1 else time.process_time
         self._running += 1
         started_s, cpu_started_s = time.monotonic(), clock()
         try:
-            outputs = self._session.run(self._output_names, dict(inputs))
+            outputs = self._session.run(self._output_names, dict(inputs), self._run_options(inputs))
         except Exception as error:
             raise RunFailed(_first_line(error)) from error
         finally:
@@ -146,6 +150,23 @@ class Session:
         self._is_short = cost.service_ms < SHORT_MS
         self._cpu_share = cost.cpu_ms / max(cost.service_ms, 1e-6)
         return dict(zip(self._output_names, outputs, strict=True)), cost
+
+    def _run_options(self, inputs: Mapping[str, Array]) -> ort.RunOptions | None:
+        """Gives memory back at the end of the first small run some time after a large one.
+
+        ONNX Runtime's arena keeps what its largest run ever needed; shrinking it costs that run next to nothing.
+        """
+        now_s, size = time.monotonic(), sum(array.nbytes for array in inputs.values())
+        if size * SMALL_SHARE > self._largest_bytes:
+            self._largest_bytes, self._swelled_s = max(size, self._largest_bytes), now_s
+            return None
+        self._is_swollen = now_s - self._swelled_s < SHRINK_AFTER_S
+        if self._is_swollen:
+            return None
+        self._largest_bytes, self._swelled_s = size, now_s
+        options = ort.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return options
 
     def _run_unsampled(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], RunCost]:
         """A short run; its CPU time by the share of the last that was asked about."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -270,3 +272,24 @@ def test_the_emulated_quota_is_one_processor_for_all_callers() -> None:
     quota.pay(started_s=now_s, cpu_s=0.1)
     quota.pay(started_s=now_s, cpu_s=0.1)
     assert slept == [pytest.approx(0.2, abs=0.05), pytest.approx(0.4, abs=0.05)]
+
+
+GIVES_BACK = """
+import sys, numpy, psutil, device_agents.runtime as runtime
+from pathlib import Path
+session, small = runtime.Session(Path(sys.argv[1]), threads=1), {"x": numpy.ones((1, 4), dtype=numpy.float32)}
+session.run(small)
+session.run({"x": numpy.ones((4_000_000, 4), dtype=numpy.float32)})
+session.run(small)
+swollen = psutil.Process().memory_info().rss
+runtime.SHRINK_AFTER_S = 0.0
+session.run(small)
+print(swollen - psutil.Process().memory_info().rss)
+"""
+
+
+def test_memory_of_a_large_run_is_given_back_some_time_after_it(tmp_path: Path) -> None:
+    """In a process of its own: what the allocator of this one gives back depends on the tests before."""
+    path = scaling(2).write(tmp_path / "m.onnx")
+    done = subprocess.run([sys.executable, "-c", GIVES_BACK, str(path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 40_000_000
