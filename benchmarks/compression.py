@@ -74,7 +74,7 @@ def compete(case: Case, data: Path, folder: Path, *, quick: bool) -> list[fronts
     others = peers.runtime_defaults(case, folder)
     others += [] if quick else peers.olive_defaults(case, data, folder)
     base = peers.Contestant("fp32", peers.BASE, case.path)
-    results = fronts.measure(case, [base, *others, *mine], 0.3 if quick else 2.0)
+    results = fronts.measure(case, [base, *others, *mine], 0.3 if quick else 1.0)
     print(f"\n{case.name}: {len(mine)} variants of ours, {len(set(refused))} passes refused, {len(others)} of peers")
     show(results)
     return results

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from benchmarks.compression_cases import Case
-from benchmarks.compression_peers import BASE, OURS, PEER, Contestant
+from benchmarks.compression_peers import BASE, OURS, PEER, WORKERS, Contestant
 
 ROUNDS, SAME, FASTER, POINT = 7, 1.03, 1.15, 0.01
 WORST_POINTS = 0.05  # corner of the hypervolume: this much less accurate than the base, and as slow as it
@@ -53,7 +54,8 @@ class Result:
 def measure(case: Case, contestants: Sequence[Contestant], seconds: float) -> list[Result]:
     """Accuracy on all held-out pictures, then times in rounds that visit every contestant, ``seconds`` each in all."""
     sessions = [_session(each) for each in contestants]
-    rights = [_right(session, case) for session in sessions]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        rights = list(pool.map(lambda session: _right(session, case), sessions))
     picture = {"image": case.data.heldout_inputs[:1]}
     times: list[list[float]] = [[] for _ in contestants]
     for _ in range(ROUNDS):

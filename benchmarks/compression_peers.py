@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from qoe_service.catalogue.passes import JOIN, PASSES, chain
 
 OLIVE = Path(".venv-peers/olive/bin/python")
 OURS, PEER, BASE = "ours", "peer", "base"
+WORKERS = 2  # what is not timed may use both cores
 
 
 @dataclass(frozen=True)
@@ -75,21 +77,22 @@ def ours(case: Case, data: Path, folder: Path, chains: Sequence[str]) -> tuple[l
     """Every chain of passes, run in the product's sandbox; and why the others were refused."""
     made: dict[str, Path] = {"": case.path}
     refused: dict[str, str] = {}
-    for text in chains:
-        names = text.split(JOIN)
-        for length in range(1, len(names) + 1):
-            whole, before = JOIN.join(names[:length]), JOIN.join(names[: length - 1])
-            if whole in made or whole in refused:
-                continue
-            if before in refused:
-                refused[whole] = refused[before]
-                continue
-            target = folder / f"{whole}.onnx"
-            try:
-                _derive(made[before], data, target, names[length - 1])
-                made[whole] = target
-            except sandbox.Refused as reason:
-                refused[whole] = str(reason)
+
+    def derive(whole: str) -> None:
+        before, _, name = whole.rpartition(JOIN)
+        if before in refused:
+            refused[whole] = refused[before]
+            return
+        try:
+            _derive(made[before], data, folder / f"{whole}.onnx", name)
+            made[whole] = folder / f"{whole}.onnx"
+        except sandbox.Refused as reason:
+            refused[whole] = str(reason)
+
+    for length in range(1, 1 + max(text.count(JOIN) + 1 for text in chains)):
+        due = dict.fromkeys(JOIN.join(text.split(JOIN)[:length]) for text in chains if text.count(JOIN) + 1 >= length)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(derive, due))
     wanted = [(text, made[text]) for text in chains if text in made]
     return [Contestant(text, OURS, path, _precision(text)) for text, path in wanted], refused
 
