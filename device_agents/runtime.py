@@ -117,7 +117,7 @@ class Session:
         self._quota = quota
         self._running = 0
         self._runs = 0
-        self._is_short = self._is_swollen = False
+        self._is_short = False
         self._cpu_share = 1.0
         self._largest_bytes, self._swelled_s = 0, -math.inf
 
@@ -132,13 +132,14 @@ class Session:
         Asking for CPU time costs as much as the shortest runs do: of those, one in ``SAMPLED`` is asked about.
         """
         self._runs += 1
-        if self._is_short and not self._is_swollen and self._quota is None and self._runs % SAMPLED:
-            return self._run_unsampled(inputs)
+        options = self._run_options(inputs)
+        if self._is_short and self._quota is None and self._runs % SAMPLED:
+            return self._run_unsampled(inputs, options)
         clock = time.thread_time if self.threads == 1 else time.process_time
         self._running += 1
         started_s, cpu_started_s = time.monotonic(), clock()
         try:
-            outputs = self._session.run(self._output_names, dict(inputs), self._run_options(inputs))
+            outputs = self._session.run(self._output_names, dict(inputs), options)
         except Exception as error:
             raise RunFailed(_first_line(error)) from error
         finally:
@@ -160,19 +161,20 @@ class Session:
         if size * SMALL_SHARE > self._largest_bytes:
             self._largest_bytes, self._swelled_s = max(size, self._largest_bytes), now_s
             return None
-        self._is_swollen = now_s - self._swelled_s < SHRINK_AFTER_S
-        if self._is_swollen:
+        if now_s - self._swelled_s < SHRINK_AFTER_S:
             return None
         self._largest_bytes, self._swelled_s = size, now_s
         options = ort.RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return options
 
-    def _run_unsampled(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], RunCost]:
+    def _run_unsampled(
+        self, inputs: Mapping[str, Array], options: ort.RunOptions | None
+    ) -> tuple[dict[str, Array], RunCost]:
         """A short run; its CPU time by the share of the last that was asked about."""
         started_s = time.monotonic()
         try:
-            outputs = self._session.run(self._output_names, dict(inputs))
+            outputs = self._session.run(self._output_names, dict(inputs), options)
         except Exception as error:
             raise RunFailed(_first_line(error)) from error
         service_ms = (time.monotonic() - started_s) * 1000
