@@ -53,6 +53,12 @@ class FamilyRow:
         return "trained elsewhere" if self.variant.base_id else "imported"
 
     @property
+    def accuracy_kind(self) -> str:
+        """What the accuracy is a share of; empty for right answers, which go without saying."""
+        kind = str(self.variant.details.get("accuracy", {}).get("kind", ""))
+        return {"agreement": "agreement with the base model", "regression": "variance explained"}.get(kind, "")
+
+    @property
     def provenance(self) -> str:
         """All that is needed to build it again, as text."""
         return json.dumps(self.variant.provenance, indent=2, sort_keys=True)

@@ -46,6 +46,7 @@ class UploadOut(Schema):
     kind: str
     file_name: str
     size_bytes: int
+    sha256: str
     received_bytes: int
     part_bytes: int
     state: str

@@ -71,6 +71,13 @@ def test_each_variant_shows_what_was_measured_on_the_class_that_is_looked_at(
     assert "2.00 ms of CPU" not in on_server
 
 
+def test_an_accuracy_without_labels_says_what_it_is_instead(operator: Client, family: Application) -> None:
+    Variant.objects.filter(name="wide").update(details={"accuracy": {"kind": "agreement"}, "cuts": [{}, {}]})
+    page = text_of(operator.get(PATH))
+    assert "88.0 % to 92.0 % agreement with the base model" in page
+    assert "Cut points 2" in page
+
+
 def test_the_scatter_has_the_front_and_the_dominated_with_their_intervals(
     operator: Client, family: Application
 ) -> None:
