@@ -13,6 +13,7 @@ from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
+from asgiref.sync import sync_to_async
 from django.core.handlers.asgi import ASGIHandler, ASGIRequest
 from django.core.handlers.base import BaseHandler
 from django.db import connection
@@ -42,11 +43,18 @@ class SharedThreadHandler(ASGIHandler):
     """Django's handler without a thread for every request.
 
     Django keeps one thread per request for its synchronous parts until the answer is complete; a wake-up stream
-    lasts for minutes. Here these parts run on the one thread that the process shares.
+    lasts for minutes. Here these parts run on the one thread that the process shares, which keeps its connection: a
+    fleet that comes back after a restart would otherwise open one for each device.
     """
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await sync_to_async(_keep_connection)()
         await self.handle(scope, receive, send)
+
+
+def _keep_connection() -> None:
+    """Of this thread, for one request more, unless it is broken."""
+    connection.close_at = None
 
 
 class LookHandler(BaseHandler):
