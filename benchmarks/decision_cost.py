@@ -45,7 +45,7 @@ def contestants(count: int) -> dict[str, Callable[[int], object]]:
     profiles, calibration = make_profiles(actions), Calibration()
     formula, exploration, policy = QoeFormula(slo_p95_ms=60.0), Exploration(), VowpalWabbitPolicy()
 
-    def decide(number: int, chosen_by: VowpalWabbitPolicy | None) -> tuple[Candidate, ...]:
+    def decide(number: int, chosen_by: VowpalWabbitPolicy | None) -> Sequence[Candidate]:
         return rank(
             decision_id=f"decision-{number}",
             context=CONTEXT,
