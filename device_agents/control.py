@@ -85,7 +85,7 @@ class ServiceTimes:
             share = PRIOR_RUNS / expected_ms**2
             w, n, nn = w + share, n + share * size, nn + share * size * size
             t, nt = t + share * expected_ms, nt + share * size * expected_ms
-        determinant = w * nn - n * n
+        determinant = max(w * nn - n * n, 1e-9 * w * nn)  # never nothing, whatever rounding makes of it
         a_ms = max(0.0, (w * nt - n * t) / determinant)
         b_ms = (t - a_ms * n) / w
         if b_ms < 0:

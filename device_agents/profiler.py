@@ -46,18 +46,23 @@ def fit(points: Sequence[tuple[int, float]]) -> LinearFit:
     """
     if len({size for size, _ in points}) < 2:
         return LinearFit(a_ms=round(sum(took / size for size, took in points) / len(points), 6), b_ms=0.0, r2=1.0)
-    # The normal equations by hand: numpy's solver would bring megabytes of buffers with it, and stay.
+    # Least squares by hand: numpy's solver would bring megabytes of buffers with it, and stay.
     weights = [1.0 / max(took, 1e-6) ** 2 for _, took in points]
-    w, n, nn, t, nt = (
-        sum(weight * size**rows * took**times for weight, (size, took) in zip(weights, points, strict=True))
-        for rows, times in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1))
-    )
-    a_ms = (w * nt - n * t) / (w * nn - n * n)
-    b_ms = (t - a_ms * n) / w
+    whole = sum(weights)
+    mean_size = sum(weight * size for weight, (size, _) in zip(weights, points, strict=True)) / whole
+    mean_took = sum(weight * took for weight, (_, took) in zip(weights, points, strict=True)) / whole
+    # Around the means: the plain sums would cancel where weights differ by many orders of magnitude.
+    around = [
+        (weight, size - mean_size, took - mean_took) for weight, (size, took) in zip(weights, points, strict=True)
+    ]
+    a_ms = sum(w * size * took for w, size, took in around) / sum(w * size * size for w, size, _ in around)
+    b_ms = mean_took - a_ms * mean_size
     if b_ms < 0:
-        a_ms, b_ms = nt / nn, 0.0
+        through_zero = [(weight * size, size, took) for weight, (size, took) in zip(weights, points, strict=True)]
+        a_ms = sum(w * took for w, _, took in through_zero) / sum(w * size for w, size, _ in through_zero)
+        b_ms = 0.0
     if a_ms < 0:
-        a_ms, b_ms = 0.0, t / w
+        a_ms, b_ms = 0.0, mean_took
     mean_ms = sum(took for _, took in points) / len(points)
     spread = sum((took - mean_ms) ** 2 for _, took in points)
     missed = sum((took - a_ms * size - b_ms) ** 2 for size, took in points)
