@@ -152,7 +152,7 @@ def running(contestant: Contestant, model: BenchmarkModel, *, slo_ms: float, fol
                 start_new_session=True,
             )
         try:
-            _wait_until_answering(port, request_of(contestant, model), process, home / "log")
+            wait_until_answering(port, request_of(contestant, model), process, home / "log")
             yield port, process.pid
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -164,7 +164,8 @@ def running(contestant: Contestant, model: BenchmarkModel, *, slo_ms: float, fol
                 process.wait(5)
 
 
-def _wait_until_answering(port: int, request: bytes, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_answering(port: int, request: bytes, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Asks until the first answer; raises RuntimeError with what was said last."""
     ends_s = time.monotonic() + START_WITHIN_S
     head, _, body = request.partition(b"\r\n\r\n")
     lines = head.decode().split("\r\n")
