@@ -268,7 +268,9 @@ def test_enrolling_again_as_the_same_device_keeps_what_it_serves(agent: Agent, s
     assert agent.store.seen_version() == service.version
 
 
-def test_a_document_whose_version_cannot_be_kept_is_followed_and_fetched_again(make_agent: MakeAgent, service: FakeService) -> None:
+def test_a_document_whose_version_cannot_be_kept_is_followed_and_fetched_again(
+    make_agent: MakeAgent, service: FakeService
+) -> None:
     service.offer(TWICE)
     agent = make_agent()
     agent.enrol()
