@@ -91,6 +91,8 @@ class FakeService:
     key_id: str = "k1"
     key_set: SignedKeySet | None = None
     credential: str | None = None
+    drops: frozenset[str] = frozenset()
+    """Fields that an older service does not know, and so never sends."""
     device_id: str = "device-1"
     artifacts: dict[str, bytes] = field(default_factory=dict)
     applications: tuple[DesiredApplication, ...] = ()
@@ -170,6 +172,9 @@ class FakeService:
             self.log.append(kind)
             self.told.notify_all()
         assert isinstance(reply, httpx.Response)
+        if self.drops and reply.status_code == 200 and kind in {"enrol", "check-in"}:
+            known = {name: value for name, value in reply.json().items() if name not in self.drops}
+            return httpx.Response(200, json=known)
         return reply
 
     def _enrol(self, request: httpx.Request) -> httpx.Response:

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from device_agents import wire
+from tests.device_agents.conftest import MakeAgent
+from tests.device_agents.fake_service import FakeService, desired
+from tests.device_agents.models import scaling
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.json"))
 
@@ -80,3 +83,22 @@ def test_the_wire_needs_pydantic_and_the_standard_library_only() -> None:
         "typing",
         "pydantic",
     }
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_an_agent_follows_a_service_of_each_wire_version(
+    version: str, make_agent: MakeAgent, service: FakeService
+) -> None:
+    """What a service of that version leaves out of its replies is missing for real here."""
+    model = scaling(2)
+    service.offer(model)
+    service.want(desired(model, "d1"))
+    if version == "1.0":
+        service.drops = frozenset({"keys_version", "keys", "spread_s"})
+    agent = make_agent()
+    agent.enrol()
+    agent.work_once()
+    assert agent.store.seen_version() == service.version
+    identity = agent.store.identity()
+    assert identity is not None
+    assert identity.keys_version == 0
