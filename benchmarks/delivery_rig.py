@@ -234,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # a device that is killed leaves half a message
             self._check_in(body) if self.path.endswith("/check-in") else self._feedback(body)
 
     def _check_in(self, body: bytes) -> None:
