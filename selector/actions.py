@@ -40,6 +40,8 @@ class ActionTable:
 
 def _read(actions: tuple[Action, ...]) -> ActionTable:
     """Raises InvalidInput for an action that stands twice or has impossible numbers."""
+    for variant in {id(action.variant): action.variant for action in actions}.values():
+        _check_variant(variant)
     keys = tuple(action.key for action in actions)
     position = {key: index for index, key in enumerate(keys)}
     if len(position) != len(keys):
@@ -47,8 +49,6 @@ def _read(actions: tuple[Action, ...]) -> ActionTable:
         raise InvalidInput("actions", f"must not name one action twice: {twice}")
     variants = {action.variant.digest: action.variant for action in actions}
     configurations = {action.configuration: None for action in actions}
-    for variant in variants.values():
-        _check_variant(variant)
     for configuration in configurations:
         _check_configuration(configuration)
     variant_index = {digest: index for index, digest in enumerate(variants)}

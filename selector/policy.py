@@ -80,8 +80,10 @@ def checked(probabilities: NDArray[np.float64] | Sequence[float], count: int) ->
     weights = np.asarray(probabilities, dtype=np.float64)
     if weights.shape != (count,):
         raise PolicyFailure(f"{weights.size} probabilities for {count} candidates")
+    if not np.isfinite(weights).all():
+        raise PolicyFailure("probabilities are not finite")
     total = float(weights.sum())
-    if not np.isfinite(weights).all() or abs(total - 1) > SUM_TOLERANCE:
+    if abs(total - 1) > SUM_TOLERANCE:
         raise PolicyFailure(f"probabilities sum to {total:g}")
     if weights.min() <= 0:
         raise PolicyFailure("a candidate has no probability")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from selector.baselines import FixedPolicy, PredictionPolicy, RandomPolicy
 from selector.errors import InvalidInput, NoFeasibleAction, PolicyFailure
 from selector.interactions import Action, Candidate, Configuration, Context
-from selector.policy import sample, seed_of
+from selector.policy import checked, sample, seed_of
 from selector.ranking import EXPLOIT, HOLDOUT_BEST_FIXED, HOLDOUT_UNIFORM, UNIFORM, Exploration, mixture
 from selector.vw import VowpalWabbitPolicy
 from tests.selector.builders import action, context, grid, profiles, ranked, variant
@@ -294,3 +294,15 @@ def test_the_sampler_refuses_what_is_no_distribution(bad: list[float]) -> None:
 
 def test_seeds_fit_a_signed_database_integer() -> None:
     assert all(0 <= seed_of(f"d-{number}") < 2**63 for number in range(100))
+
+
+def test_a_digest_that_is_no_text_is_named() -> None:
+    wrong: Any = 7
+    with pytest.raises(InvalidInput, match=r"variant\.digest"):
+        ranked(actions=(Action(replace(variant(0), digest=wrong), Configuration(1, 1, 1)),))
+
+
+@pytest.mark.parametrize("shares", [[np.inf, -np.inf], [np.nan, 1.0]])
+def test_probabilities_that_are_no_numbers_are_a_failure_of_the_policy(shares: list[float]) -> None:
+    with pytest.raises(PolicyFailure, match="not finite"):
+        checked(shares, 2)
