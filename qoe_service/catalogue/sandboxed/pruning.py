@@ -43,27 +43,56 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Rows [samples × positions, channels], and their sums of products where those are smaller than the rows.
+
+    A sweep asks for many fits to the same rows; from the sums each costs the same however many rows there are.
+    """
+
+    rows: Floats
+    mean: NDArray[np.float64]
+    centred: NDArray[np.float64] | None
+
+    @classmethod
+    def of(cls, rows: Floats) -> Moments:
+        """Add up once."""
+        mean = rows.mean(axis=0, dtype=np.float64)
+        if len(rows) < rows.shape[1]:
+            return cls(rows, mean, None)
+        shifted = rows - mean
+        return cls(rows, mean, shifted.T @ shifted)
+
+    def squares(self, weights: NDArray[np.float64], offset: NDArray[np.float64]) -> float:
+        """The sum of squares of ``(rows − mean) @ weights + offset``."""
+        if self.centred is None:
+            return float((((self.rows - self.mean) @ weights + offset) ** 2).sum())
+        return float((weights * (self.centred @ weights)).sum() + len(self.rows) * (offset**2).sum())
+
+
+@dataclass(frozen=True)
 class Mixture:
     """The best linear guess of the missing channels from the kept ones, by ridge regression: kept @ left @ right."""
 
     keep: NDArray[np.int64]
     missing: NDArray[np.int64]
-    left: NDArray[np.float64]
-    right: NDArray[np.float64]
+    left: NDArray[Any]
+    right: NDArray[Any]
     offset: NDArray[np.float64]
 
     @classmethod
-    def fitted(cls, rows: Floats, keep: NDArray[np.int64]) -> Mixture:
-        """Fit on rows [samples × positions, channels]. With fewer rows than channels nothing larger is formed."""
+    def fitted(cls, moments: Moments, keep: NDArray[np.int64]) -> Mixture:
+        """Fit; with fewer rows than channels nothing larger than rows × channels is formed."""
+        rows, mean = moments.rows, moments.mean
         missing = np.setdiff1d(np.arange(rows.shape[1]), keep)
-        mean = rows.mean(axis=0, dtype=np.float64)
-        base, wanted = rows[:, keep] - mean[keep], rows[:, missing] - mean[missing]
-        damping = RIDGE * max(float((base**2).sum(axis=0).mean()), 1e-12)
-        if len(rows) < len(keep):
-            left, right = base.T, np.linalg.solve(base @ base.T + damping * np.eye(len(rows)), wanted)
+        if moments.centred is None:
+            base, wanted = rows[:, keep] - mean[keep], rows[:, missing] - mean[missing]
+            damping = RIDGE * max(float((base**2).sum(axis=0).mean()), 1e-12)
+            left: NDArray[Any] = base.T
+            right: NDArray[Any] = np.linalg.solve(base @ base.T + damping * np.eye(len(rows)), wanted)
         else:
-            left = np.linalg.solve(base.T @ base + damping * np.eye(len(keep)), base.T @ wanted)
-            right = np.eye(len(missing))
+            own, cross = moments.centred[np.ix_(keep, keep)], moments.centred[np.ix_(keep, missing)]
+            damping = RIDGE * max(float(own.diagonal().mean()), 1e-12)
+            left, right = np.linalg.solve(own + damping * np.eye(len(keep)), cross), np.eye(len(missing))
         return cls(keep, missing, left, right, mean[missing] - (mean[keep] @ left) @ right)
 
     def guess(self, kept: NDArray[Any]) -> NDArray[np.float64]:
@@ -125,7 +154,7 @@ def cut(model: onnx.ModelProto, group: Group, keep: NDArray[np.int64], found: Ma
         values = weights.get(name)
         weights.set(name, np.take(values, keep, axis=values.shape.index(group.channels)))
     for reader in group.readers:
-        mixture = Mixture.fitted(found[reader.tensor], keep)
+        mixture = Mixture.fitted(Moments.of(found[reader.tensor]), keep)
         name = channel_groups.weight_of(reader.node)
         by_channel = _by_channel(reader, weights.get(name), group.channels)
         channel_groups.shift_bias(model, reader.node, mixture.offset @ by_channel[mixture.missing].sum(axis=1))
@@ -147,11 +176,16 @@ def _reduction(group: Group, model: onnx.ModelProto, found: Mapping[str, Floats]
     weights = Weights(model)
     errors: dict[int, float] = {}
     reads = [(found[each.tensor], _reading(each, weights, group.channels)) for each in group.readers]
-    scaled = np.concatenate([rows[: int(len(rows) * share)] * _norms(reading) for rows, reading in reads])
-    order = pivoted_order(scaled)
+    borders = [int(len(rows) * share) for rows, _ in reads]
+    parts = [(rows[:border], rows[border:]) for (rows, _), border in zip(reads, borders, strict=True)]
+    scaled = [fit_on * _norms(reading) for (fit_on, _), (_, reading) in zip(parts, reads, strict=True)]
+    order = pivoted_order(np.concatenate(scaled))
+    moments = [(Moments.of(fit_on), Moments.of(check_on)) for fit_on, check_on in parts]
     for count in _levels(group.channels):
-        lost = [_lost(rows, reading, np.sort(order[:count]), share) for rows, reading in reads]
-        errors[count] = max(lost)
+        keep = np.sort(order[:count])
+        errors[count] = max(
+            _lost(*pair, reading.astype(np.float64), keep) for pair, (_, reading) in zip(moments, reads, strict=True)
+        )
     return Reduction(group, order, errors)
 
 
@@ -183,13 +217,15 @@ def _levels(channels: int) -> list[int]:
     return [*range(max(step, MIN_CHANNELS), channels, step)]
 
 
-def _lost(rows: Floats, reading: Floats, keep: NDArray[np.int64], share: float) -> float:
-    border = int(len(rows) * share)
-    fit_on, check_on = rows[:border], rows[border:]
+def _lost(fit_on: Moments, check_on: Moments, reading: NDArray[np.float64], keep: NDArray[np.int64]) -> float:
+    """The share of what a reader gets that is lost on rows that were not fitted to."""
     mixture = Mixture.fitted(fit_on, keep)
-    missed = (check_on[:, mixture.missing] - mixture.guess(check_on[:, keep])) @ reading[mixture.missing]
-    whole = (check_on - check_on.mean(axis=0)) @ reading
-    return float((missed**2).sum() / max((whole**2).sum(), 1e-30))
+    wanted = reading[mixture.missing]
+    missed = np.zeros_like(reading)
+    missed[mixture.missing], missed[keep] = wanted, -(mixture.left @ (mixture.right @ wanted))
+    offset = check_on.mean @ missed - mixture.offset @ wanted
+    whole = check_on.squares(reading, np.zeros(reading.shape[1]))
+    return check_on.squares(missed, offset) / max(whole, 1e-30)
 
 
 def _norms(reading: Floats) -> Floats:
