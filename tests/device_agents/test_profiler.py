@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,3 +80,36 @@ def test_a_candidate_must_be_usable_as_the_running_model_is(tmp_path: Path, new:
     with pytest.raises(AttemptFailed) as failed:
         warm_up(path, digest=DIGEST, threads=1, max_batch=2, budget_s=0.05, must_match=running)
     assert failed.value.outcome is Outcome.INCOMPATIBLE
+
+
+def unsupported_opset() -> bytes:
+    model = onnx.load_from_string(scaling(2).content)
+    model.opset_import[0].version = 9999
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def reaching_out_of_its_folder() -> bytes:
+    """Its weights are said to stand in a file that is none of its business."""
+    model = onnx.load_from_string(scaling(2).content)
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("float_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "../../../../../../etc/passwd"), ("offset", "0"), ("length", "4")):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    content: bytes = model.SerializeToString()
+    return content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no model", scaling(2).content[:40], unsupported_opset(), reaching_out_of_its_folder()],
+    ids=["empty", "no model", "truncated", "unsupported opset", "a path out of its folder"],
+)
+def test_a_file_that_is_no_sound_model_is_refused_with_a_reason(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    with pytest.raises(AttemptFailed, match=r"cannot be loaded: .+") as refused:
+        warm_up(path, digest=DIGEST, threads=1, max_batch=4, budget_s=0.1)
+    assert refused.value.outcome is Outcome.INCOMPATIBLE
