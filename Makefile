@@ -2,12 +2,12 @@
 #   make run     the whole loop: service, six agents, apps with simulated users   (PORT=8000, FRESH=1 to start over)
 #   make test    all tests
 #   make check   lint, types, import contracts, migrations
-#   make bench   every benchmark in quick form
+#   make bench   every benchmark in quick form   (make bench-peers first, to measure peers beside ours)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench requirements screenshots clean
+.PHONY: help run test check bench bench-peers requirements screenshots clean
 
 PORT ?= 8000
 FRESH ?=
@@ -35,6 +35,10 @@ check: .venv/.installed-dev
 bench: .venv/.installed-dev
 	@for question in $$(sed -n 's/^- `python -m benchmarks\.\([a-z_]*\)`.*/\1/p' benchmarks/README.md); do \
 		$(BIN)/python -m benchmarks.$$question --quick; done
+
+# Other servers, each in an environment of its own; what does not install is named and left out.
+bench-peers: .venv/.installed-dev
+	@bash benchmarks/peers.sh
 
 # Pins every dependency with its hashes. Needs uv.
 requirements:
