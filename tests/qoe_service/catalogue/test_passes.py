@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qoe_service.catalogue import passes as catalogue_passes
-from qoe_service.catalogue.sandboxed import four_bit, low_rank, passes, pruning
+from qoe_service.catalogue.sandboxed import four_bit, low_rank, passes, reconstruction
 from qoe_service.catalogue.sandboxed.channel_groups import Weights
 from qoe_service.catalogue.sandboxed.datasets import Dataset, load
 from qoe_service.catalogue.sandboxed.interface import Task
@@ -137,9 +137,9 @@ def test_pruning_takes_copies_of_channels_out_and_the_answer_stays(data: Dataset
 def test_pruning_without_making_up_for_the_loss_would_not_do(data: Dataset) -> None:
     rows = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
     rows = np.concatenate([rows, rows @ np.random.default_rng(1).normal(size=(6, 4)) + 3], axis=1).astype(np.float32)
-    order = pruning.pivoted_order(rows)
+    order = reconstruction.pivoted_order(rows)
     for some in (rows, rows[:9]):  # more rows than channels, and fewer
-        mixture = pruning.Mixture.fitted(pruning.Moments.of(some), np.sort(order[:7]))
+        mixture = reconstruction.Mixture.fitted(reconstruction.Moments.of(some), np.sort(order[:7]))
         assert np.allclose(mixture.guess(some[:, mixture.keep]), some[:, mixture.missing], atol=0.1)
 
 
