@@ -48,11 +48,11 @@ def split_data(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def join_model(request: Mapping[str, Any]) -> dict[str, Any]:
     """Make one file of a zip that holds a graph and its external data."""
-    import onnx  # noqa: PLC0415 - data sets need no ONNX
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: PLC0415 - ships no types
-
     packages.unpack(Path(request["bundle"]), Path("bundle"))
     graph = packages.only_graph(Path("bundle"))
+    import onnx  # noqa: PLC0415 - data sets, and most zips that are refused, need no ONNX
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: PLC0415 - ships no types
+
     try:
         packages.join(graph, MODEL)
     except DecodeError:

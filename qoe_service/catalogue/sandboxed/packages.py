@@ -13,11 +13,12 @@ import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
-
-import onnx
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .refusal import Refusal
+
+if TYPE_CHECKING:
+    import onnx
 
 MANIFEST, COMPONENT = "manifest.json", "component.json"
 MAX_FILES, MAX_UNPACKED_BYTES, MAX_JSON_BYTES = 2000, 4 * 2**30, 2**20
@@ -65,6 +66,8 @@ def only_graph(folder: Path) -> Path:
 
 def join(graph: Path, target: Path, weights_folder: Path | None = None) -> None:
     """Write a model whose weights lie in other files as one file. Raises Refusal, and what onnx raises."""
+    import onnx  # noqa: PLC0415 - most packages that are refused are refused without it
+
     model = onnx.load(graph, load_external_data=False)
     base = weights_folder or graph.parent
     total = graph.stat().st_size + sum(path.stat().st_size for path in _weight_files(model, base))
@@ -130,6 +133,8 @@ def confined(path: str) -> PurePosixPath:
 
 
 def _weight_files(model: onnx.ModelProto, base: Path) -> Iterator[Path]:
+    import onnx  # noqa: PLC0415 - as above
+
     names = set()
     for tensor in onnx.external_data_helper._get_all_tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:

@@ -22,8 +22,8 @@ from onnx import external_data_helper
 from qoe_service.catalogue import artifacts, imports, packages
 from qoe_service.catalogue.models import Application, Variant
 from qoe_service.errors import InvalidInput
-from tests.builders import NOW, make_application
-from tests.qoe_service.catalogue.tiny_models import conv_model, dense_model, write_data, write_model
+from tests.builders import NOW, make_application, make_variant
+from tests.qoe_service.catalogue.tiny_models import conv_model, dense_model, write_data
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("quick_profiler")]
 
@@ -34,22 +34,16 @@ def application(tmp_path: Path) -> Application:
 
 
 @pytest.fixture
-def family(application: Application, tmp_path: Path) -> Application:
-    base = imports.import_model(
-        application=application, path=write_model(tmp_path / "dense.onnx", dense_model()), name="dense", now=NOW
-    )
-    student = imports.import_model(
-        application=application,
-        path=write_model(tmp_path / "conv.onnx", conv_model()),
-        name="conv",
-        base="dense",
-        precision="fp16",
-        now=NOW,
-    )
+def family(application: Application) -> Application:
+    base = make_variant(application, "dense", digest=stored(dense_model()), accuracy=1.0)
+    student = make_variant(application, "conv", digest=stored(conv_model()), base=base, precision="fp16", accuracy=1.0)
     Application.objects.update(baseline_digest=student.artifact_id)
     application.refresh_from_db()
-    assert base.accuracy == 1.0
     return application
+
+
+def stored(content: onnx.ModelProto) -> str:
+    return artifacts.store(io.BytesIO(content.SerializeToString(deterministic=True)), now=NOW).digest
 
 
 def exported(application: Application, format_name: str) -> bytes:

@@ -18,7 +18,7 @@ from qoe_service.catalogue import artifacts, uploads
 from qoe_service.catalogue.models import Application, Job, Upload, Variant
 from qoe_service.errors import Conflict
 from tests.builders import NOW, make_application, make_application_key, make_variant
-from tests.qoe_service.catalogue.tiny_models import conv_model, dense_model, pictures, write_data
+from tests.qoe_service.catalogue.tiny_models import dense_model, pictures, write_data
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("quick_profiler")]
 URL = "/api/v1/applications/quarters/uploads"
@@ -334,6 +334,5 @@ def test_passes_are_listed_with_their_parameters(operator: Client) -> None:
 
 
 def test_two_models_under_one_name_are_told_apart(operator: Client, application: Application) -> None:
-    send(operator, dense())
-    upload = send(operator, bytes(conv_model().SerializeToString()))
-    assert upload.error == "another model is there already as 'dense'"
+    make_variant(application, "dense")
+    assert send(operator, dense()).error == "another model is there already as 'dense'"
