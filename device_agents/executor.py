@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from device_agents.admission import check_inputs
 from device_agents.batching import Shape, chunks, join, join_key, part, rows_of
 from device_agents.budget import ThreadBudget
 from device_agents.control import CONTROLLER_VERSION
@@ -30,8 +31,6 @@ from device_agents.statistics import Statistics
 from device_agents.wire import ServingConfiguration
 
 logger = logging.getLogger("qoe_agent.executor")
-
-LARGEST_REQUEST_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -505,30 +504,6 @@ def _fitted(waiting: _Waiting, session: Session) -> _Waiting:
         return waiting
     rows = check_inputs(waiting.inputs, session)
     return replace(waiting, session=session, rows=rows, key=_key(waiting.inputs, session))
-
-
-def check_inputs(inputs: Mapping[str, Array], session: Session) -> int:
-    """Rows of a request that fits the model; raises BadRequest saying what does not fit."""
-    for tensor in session.inputs:
-        if tensor.name not in inputs:
-            raise BadRequest(f"input {tensor.name} is missing")
-        array = inputs[tensor.name]
-        fits = array.ndim == len(tensor.shape) and all(
-            size in (-1, actual) for size, actual in zip(tensor.shape, array.shape, strict=True)
-        )
-        if array.dtype != tensor.dtype:
-            raise BadRequest(f"input {tensor.name} must be {tensor.datatype}")
-        if not fits or not array.size:
-            raise BadRequest(f"input {tensor.name} has shape {list(array.shape)}, the model takes {list(tensor.shape)}")
-    if unknown := set(inputs) - {tensor.name for tensor in session.inputs}:
-        raise BadRequest(f"the model has no input {sorted(unknown)[0]}")
-    if not session.is_batchable:
-        return 1
-    if len({array.shape[0] for array in inputs.values()}) > 1:
-        raise BadRequest("inputs differ in their first size")
-    if (rows := rows_of(inputs)) > LARGEST_REQUEST_ROWS:
-        raise BadRequest(f"{rows} rows in one request, at most {LARGEST_REQUEST_ROWS} are served")
-    return rows
 
 
 def _concatenated(collected: list[dict[str, Array]]) -> dict[str, Array]:
