@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -233,6 +234,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="these parts only; may be repeated")
     parser.add_argument("--model", choices=[model.name for model in KINDS], help="http and control: this kind only")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers that were started must end too
     models = [model for model in KINDS if model.name == options.model]
     not_run: dict[str, str] = {}
     found: dict[str, float | None] = {}
