@@ -33,7 +33,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 _WAKE_UP_PATH = re.compile(r"^/api/v1/devices/[^/]+/wake-up$")
 _LOOK_PATH = re.compile(r"^/api/v1/devices/[^/]+/desired$")
 # So few that a fleet which looks at once leaves the interpreter to the console now and then.
-LOOK_THREADS = 2
+LOOK_THREADS = 4
 # A client that is still sending sees a reset instead of our answer, so some of the rest is read and thrown away.
 DRAINED_FACTOR = 8
 DRAINED_S = 10.0
