@@ -247,7 +247,9 @@ def _score(
         reasons[index] = (*reasons.get(index, ()), EXPLORATION_BUDGET)
     surest = feasible & ~soft if (feasible & ~soft).any() else feasible
     best = float(qoe[surest].max())
-    found_out = exploration.horizon * worth_finding_out(table, predicted, formula, qoe, best)
+    # What ran here lately is known, or its report is on the way: finding it out again would tell nothing new.
+    is_news = ~on_device(context, table)[table.variant]
+    found_out = exploration.horizon * is_news * worth_finding_out(table, predicted, formula, qoe, best)
     bonus = found_out - exploration.risk_aversion * predicted.slo_violation_probability
     candidates = Candidates(table, predicted, qoe, bonus, hard=hard, soft=reasons)
     return _Scored(table, candidates, feasible, soft, short, qoe + found_out > best)
