@@ -1,6 +1,6 @@
 """Everyone who plays in `python -m benchmarks.selection`: ours, its ablations, references in hindsight and peers.
 
-Peers stand at the best settings that `peer_settings.py` found: on the tuning worlds of `selector/world_constants.py`,
+Peers stand at the best settings that `peer_settings.py` found: on the tuning worlds of `selector/worlds/constants.py`,
 never on the reported ones; the hosted default stands as it was.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from selector.timings import TableRow
+from selector.worlds.timings import TableRow
 
 DEFAULT_TABLE = Path(__file__).parent / "data" / "latency.npz"
 

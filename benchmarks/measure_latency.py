@@ -34,7 +34,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from benchmarks.latency_table import load, save
 from demo.limits import open_cpu_group
 from demo.models import DemoModel, digits_models, load_data, parity_model
-from selector.timings import TableRow
+from selector.worlds.timings import TableRow
 
 QUOTAS = (0.0, 1.0, 0.5, 0.25)  # cores; 0 is no limit
 BATCHES, THREADS, CALLERS = (1, 2, 4, 8, 16), (1, 2), (1, 2)

@@ -1,6 +1,6 @@
 """Which settings are best for each peer? Plays a grid per peer on the tuning worlds, never on the reported ones.
 
-`contenders.py` holds the winners. Worlds are `queueing-tuning` and `quirks-tuning` of `selector/world_constants.py`
+`contenders.py` holds the winners. Worlds are `queueing-tuning` and `quirks-tuning` of `selector/worlds/constants.py`
 with a seed of ``TUNING_SEEDS``; the measure is QoE in % of the oracle over the whole run, which is what the benchmark
 reports. `python -m benchmarks.peer_settings --only LinUCB` plays one peer.
 """
@@ -22,7 +22,7 @@ from selector.policy import Policy
 from selector.ranking import Exploration
 from selector.simulation import Contender, play
 from selector.tabular import ThompsonPolicy, Ucb1Policy
-from selector.world_constants import TUNING_SEEDS, make_world
+from selector.worlds.constants import TUNING_SEEDS, make_world
 
 WORLDS = ("queueing-tuning", "quirks-tuning")
 

@@ -1,6 +1,6 @@
 """How close to the oracle does selection come, against every peer, in worlds that are hard and structurally different?
 
-Worlds and their constants are in `selector/world_constants.py` (docs/selection.md describes them); the reported
+Worlds and their constants are in `selector/worlds/constants.py` (docs/selection.md describes them); the reported
 instances and seeds were fixed before anything was tuned. Contenders are in `contenders.py`. All numbers of a table come
 from one run; under one seed all contenders meet the same devices and the same noise.
 
@@ -39,8 +39,8 @@ from benchmarks.contenders import ANALYTIC, CALIBRATED, HOSTED, OURS, PREFERENCE
 from benchmarks.decision_cost import calibration_loop_ms, contestants, times_ms
 from benchmarks.selection_report import WorldReport, megabytes_line, verdicts
 from benchmarks.selection_runs import Outcome, Task, outcomes, state_megabytes
-from selector.hardness import Hardness
-from selector.world_constants import REPORTED_SEEDS, TUNING_SEEDS, WORLDS
+from selector.worlds.constants import REPORTED_SEEDS, TUNING_SEEDS, WORLDS
+from selector.worlds.hardness import Hardness
 
 REPORTED = tuple(name for name in WORLDS if not name.endswith("-tuning"))
 FULL_SEEDS, QUICK_SEEDS = 10, 2

@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks.contenders import ANALYTIC, CALIBRATED, HOSTED, OURS, PREFERENCES
 from benchmarks.selection_runs import STRESSED, UNGUARDED, Outcome
-from selector.hardness import Hardness
+from selector.worlds.hardness import Hardness
 
 RECOVERED_PCT = 98.0
 SMOOTHED_STEPS = 3

@@ -17,11 +17,11 @@ from benchmarks.contenders import BEST_FIXED, BEST_PER_CLASS, OURS, RANDOM, cont
 from benchmarks.frontier import InformedPolicy
 from benchmarks.latency_table import load
 from selector.calibration import Calibration
-from selector.hardness import Hardness, hardness
 from selector.simulation import STRESS, Contender, Feedback, Trace, play
-from selector.timings import TableRow
-from selector.world_constants import make_world
-from selector.worlds import SimulatedWorld
+from selector.worlds.constants import make_world
+from selector.worlds.hardness import Hardness, hardness
+from selector.worlds.simulated import SimulatedWorld
+from selector.worlds.timings import TableRow
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]

@@ -28,8 +28,8 @@ from selector.latency import LatencyModel
 from selector.reliability import Bin, brier_score, calibration_error, reliability_curve
 from selector.simulation import Contender, Feedback, play
 from selector.vw import VowpalWabbitPolicy
-from selector.world_constants import REPORTED_SEEDS, make_world
-from selector.worlds import SimulatedWorld
+from selector.worlds.constants import REPORTED_SEEDS, make_world
+from selector.worlds.simulated import SimulatedWorld
 
 Floats = NDArray[np.float64]
 WORLDS = ("queueing", "table", "quirks")

@@ -1,7 +1,7 @@
 """Plays contenders in simulated worlds: what a world tells, what a contender is, and one run step by step.
 
 A world knows the truth and tells a contender only what a real service would know; the worlds themselves are in
-`worlds.py`. Every random number comes from a seed, and two contenders under one seed meet the same noise.
+`selector.worlds`. Every random number comes from a seed, and two contenders under one seed meet the same noise.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.selection_report import WorldReport, half_width, interval
 from benchmarks.selection_runs import STRESSED, UNGUARDED, Outcome, budget_violations
-from selector.hardness import Hardness
 from selector.simulation import Trace
+from selector.worlds.hardness import Hardness
 
 HARD = Hardness(55.0, 85.0, 94.0, 97.0, 40.0, 0.5, 90.0)
 OURS = Outcome(

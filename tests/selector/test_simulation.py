@@ -13,8 +13,8 @@ from selector.errors import InvalidInput
 from selector.interactions import Candidate, Context, Interaction
 from selector.ranking import Exploration
 from selector.simulation import EVERYTHING, STRESS, Contender, Feedback, Trace, World, play, switching_charge
-from selector.world_constants import make_world
-from selector.worlds import SimulatedWorld
+from selector.worlds.constants import make_world
+from selector.worlds.simulated import SimulatedWorld
 
 NEARLY_NONE = Exploration(epsilon=1e-9, holdout=0.0)
 ALL = Exploration(epsilon=1e-9, holdout=0.0, shortlist_size=EVERYTHING)

@@ -10,13 +10,13 @@ import pytest
 
 from benchmarks.latency_table import load
 from selector.errors import InvalidInput
-from selector.fleets import DeviceClass
-from selector.hardness import Hardness, hardness
 from selector.simulation import NOISE_COLUMNS, available
-from selector.sojourns import LOADS, FormulaTimes, ReplayedTimes, play_requests
-from selector.timings import Member, TableRow, Timing, table_timing
-from selector.world_constants import REPORTED_SEEDS, TUNING_SEEDS, WORLDS, make_world
-from selector.worlds import SimulatedWorld
+from selector.worlds.constants import REPORTED_SEEDS, TUNING_SEEDS, WORLDS, make_world
+from selector.worlds.fleets import DeviceClass
+from selector.worlds.hardness import Hardness, hardness
+from selector.worlds.simulated import SimulatedWorld
+from selector.worlds.sojourns import LOADS, FormulaTimes, ReplayedTimes, play_requests
+from selector.worlds.timings import Member, TableRow, Timing, table_timing
 
 REPORTED = ("queueing", "table", "quirks")
 FIXED = {

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from selector.errors import InvalidInput
-from selector.fleets import Application, DeviceClass, Turbulence
-from selector.hidden import Hidden, Tastes
 from selector.interactions import Configuration
 from selector.reward import QoeFormula
-from selector.timings import Member, TableRow, formula_timing, table_timing
-from selector.worlds import Plan, SimulatedWorld
+from selector.worlds.fleets import Application, DeviceClass, Turbulence
+from selector.worlds.hidden import Hidden, Tastes
+from selector.worlds.simulated import Plan, SimulatedWorld
+from selector.worlds.timings import Member, TableRow, formula_timing, table_timing
 
 TUNING_SEEDS = range(100, 200)
 REPORTED_SEEDS = range(1000, 1100)

@@ -1,5 +1,5 @@
-"""Simulated worlds with a hidden truth: their constants are in `world_constants.py`, how they are played in
-`simulation.py`.
+"""Simulated worlds with a hidden truth: their constants are in `constants.py`, how they are played in
+`selector.simulation`.
 
 A world draws what nobody is told: how far devices, classes and variants are from their profiles, what an OS update
 changes, and what users like. Sojourn times come from played requests (`sojourns.py`), not from `queueing.py`.
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from selector.fleets import DAYPARTS, GROUPS, Application, DeviceClass, Turbulence, make_fleet
-from selector.hidden import Hidden, Likes, Offsets, Tastes
 from selector.interactions import Action, Context, Measurement, Profile
 from selector.reward import QoeFormula
-from selector.sojourns import Stay
-from selector.timings import Timing
+from selector.worlds.fleets import DAYPARTS, GROUPS, Application, DeviceClass, Turbulence, make_fleet
+from selector.worlds.hidden import Hidden, Likes, Offsets, Tastes
+from selector.worlds.sojourns import Stay
+from selector.worlds.timings import Timing
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]

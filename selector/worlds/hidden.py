@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from selector.fleets import DAYPARTS, GROUPS, Fleet
-from selector.timings import Timing
+from selector.worlds.fleets import DAYPARTS, GROUPS, Fleet
+from selector.worlds.timings import Timing
 
 Floats = NDArray[np.float64]
 

@@ -1,6 +1,6 @@
 """What simulated actions cost on each class of device: a family of variants by formula, or a measured table.
 
-Nothing here varies by device or by step; `worlds.py` adds that.
+Nothing here varies by device or by step; `simulated.py` adds that.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selector.errors import InvalidInput
-from selector.fleets import DeviceClass
 from selector.interactions import Action, Configuration, Variant
-from selector.sojourns import FormulaTimes, ReplayedTimes, SojournCurves, play_requests
+from selector.worlds.fleets import DeviceClass
+from selector.worlds.sojourns import FormulaTimes, ReplayedTimes, SojournCurves, play_requests
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]

@@ -1,0 +1,1 @@
+"""Simulated fleets with a hidden truth: their constants, what each device is, what takes how long, what users like."""
