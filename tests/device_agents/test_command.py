@@ -19,7 +19,7 @@ import onnx
 import pytest
 
 from device_agents.__main__ import main
-from device_agents.executor import check_inputs
+from device_agents.admission import check_inputs
 from device_agents.inference_protocol import decode_request
 from device_agents.listening import bind
 from device_agents.runtime import Session
