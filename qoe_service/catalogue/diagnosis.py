@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from pathlib import Path
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,9 +84,9 @@ def _own_user(seen: dict[str, Any]) -> Finding:
 
 
 def _flags(seen: dict[str, Any]) -> list[Finding]:
-    kept = {"PATH", "HOME", "TMPDIR", "LANG", "LC_CTYPE"}
-    ours = {name for name in os.environ if name not in kept}
-    leaked = sorted(ours & set(seen["environment"]) - {"PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE"})
+    # Python itself sets LC_CTYPE where the locale is C
+    given = {*sandbox.environment(Path()), "LC_CTYPE"}
+    leaked = sorted(set(os.environ) & set(seen["environment"]) - given)
     return [
         Finding("credentials", not leaked, ", ".join(leaked) or "nothing of the service's environment is seen"),
         Finding("new rights", seen["no_new_privileges"], "no program can gain any"),

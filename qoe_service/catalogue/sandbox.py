@@ -110,7 +110,7 @@ class Sandbox:
             process = subprocess.Popen(
                 [*_python(), self._bounds(), str(path), module, *arguments],
                 cwd=self.folder,
-                env=_environment(self.folder),
+                env=environment(self.folder),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -237,7 +237,7 @@ def _python() -> Sequence[str]:
     return (sys.executable, "-s", "-P", str(LAUNCHER), str(os.getpid()))
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """Nothing of the service's environment. One thread each, and a fixed hash seed: same input, same bytes."""
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     places = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8"}

@@ -177,7 +177,8 @@ def test_what_would_not_fit_is_refused_beforehand_with_the_estimate() -> None:
     sandbox.check_memory(Limits(memory_bytes=1024 * MIB), 100 * MIB, 4.0, what="checking it")
 
 
-def test_doctor_says_which_limits_are_real_here() -> None:
+def test_doctor_says_which_limits_are_real_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the sandbox sets its own: no leak
     out = io.StringIO()
     call_command("doctor", stdout=out)
     said = out.getvalue()
