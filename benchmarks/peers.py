@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import warnings
 import zlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
@@ -59,7 +60,7 @@ class Regressor(Protocol):
         ...
 
 
-class _ResidualPolicy(Stored):
+class _ResidualPolicy(Stored, ABC):
     """Epsilon-greedy on prediction + regressor, which is fitted again whenever ``growth`` more was learnt."""
 
     def __init__(self, epsilon: float = 0.01, growth: float = 0.15, seed: int = 1) -> None:
@@ -127,8 +128,9 @@ class _ResidualPolicy(Stored):
             regressor.fit(np.array(self._rows[first:count]), np.array(self._targets[first:count]))
         self._regressor = regressor
 
+    @abstractmethod
     def _regressor_of(self, seed: int) -> Regressor:
-        raise NotImplementedError
+        """An untrained regressor."""
 
 
 class NeuralResidualPolicy(_ResidualPolicy):
