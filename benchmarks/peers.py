@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import warnings
 import zlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
