@@ -9,7 +9,7 @@ from typing import Protocol
 
 from device_agents.errors import AttemptFailed
 from device_agents.store import Store
-from device_agents.wire import DesiredApplication, Outcome, UpdateState, VariantReference
+from device_agents.wire import Outcome, UpdateState, VariantReference
 
 
 class Fetch(Protocol):
@@ -45,24 +45,22 @@ class Delivery:
         self._reached = reached
         self.fetched_bytes = 0
 
-    def bring(self, desired: DesiredApplication) -> None:
+    def bring(self, variant: VariantReference, *, trace_id: str | None = None) -> None:
         """downloading → verifying → staged. A variant that is on disk takes the same way, without the bytes.
 
         Raises AttemptFailed, or Superseded when something newer came.
         """
-        variant = desired.variant
         with self._store.bringing(variant.digest, is_cancelled=self._overtaken.is_set):
-            is_right = self._fetch_and_verify(desired)
+            is_right = self._fetch_and_verify(variant, trace_id)
             if not is_right and self.fetched_bytes < variant.size_bytes:
                 # What lay here from before may be what is damaged, rather than what the service offers.
                 self._reached(UpdateState.DOWNLOADING)
-                is_right = self._fetch_and_verify(desired)
+                is_right = self._fetch_and_verify(variant, trace_id)
             if not is_right:
                 raise AttemptFailed("size or sha256 differ from what was announced", outcome=Outcome.VERIFY_FAILED)
             self._reached(UpdateState.STAGED)
 
-    def _fetch_and_verify(self, desired: DesiredApplication) -> bool:
-        variant = desired.variant
+    def _fetch_and_verify(self, variant: VariantReference, trace_id: str | None) -> bool:
         if not self._store.has_artifact(variant.digest):
             self._store.make_room(digest=variant.digest, size_bytes=variant.size_bytes, keep=self._in_use())
             self.fetched_bytes = self._fetch(
@@ -70,7 +68,7 @@ class Delivery:
                 self._store.part(variant.digest),
                 is_cancelled=self._overtaken.is_set,
                 wait=self._overtaken.wait,
-                trace_id=desired.trace_id,
+                trace_id=trace_id,
             )
         self._reached(UpdateState.VERIFYING)
         return self._is_right(variant)

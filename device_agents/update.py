@@ -109,7 +109,7 @@ class Machine:
             attempts = self.record.attempts.get(desired.decision_id, 0) + 1
             self.record = self.record.with_attempts(desired.decision_id, attempts)
             self._save(state=S.DOWNLOADING, candidate=desired)
-            delivery.bring(desired)
+            delivery.bring(desired.variant, trace_id=desired.trace_id)
             self._fetched_bytes = delivery.fetched_bytes
             self._swap(desired, overtaken, seen_s)
         except Superseded as error:
@@ -255,7 +255,8 @@ class Machine:
             return
         self._keep(fallback=fallback)
         try:
-            self._delivery(overtaken, lambda _: _raise_if_set(overtaken)).bring(fallback)
+            delivery = self._delivery(overtaken, lambda _: _raise_if_set(overtaken))
+            delivery.bring(fallback.variant, trace_id=fallback.trace_id)
             warmed = self._warm_up(fallback, must_match=None)
             _raise_if_set(overtaken)
         except (AttemptFailed, Superseded) as error:

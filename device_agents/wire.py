@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-WIRE_VERSION = "1.1"
+WIRE_VERSION = "1.2"
 FEEDBACK_BATCH_LIMIT = 500
+SAMPLES_LIMIT = 200
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of the artifact, lower-case hex")]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
@@ -186,6 +187,40 @@ class ProfileReport(Message):
     cpu_ms_per_row: Milliseconds | None = Field(default=None, description="CPU time of a run, per row of its batch")
 
 
+class AccuracyReport(Message):
+    """How right a variant was, on this device, on samples that the service sent.
+
+    ``correct`` counts right (or agreeing) answers; a regression tells the share of variance explained and its interval.
+    """
+
+    kind: Literal["top-1", "regression", "agreement"]
+    samples: Annotated[int, Field(ge=1, le=SAMPLES_LIMIT)]
+    correct: Annotated[int, Field(ge=0, le=SAMPLES_LIMIT)] | None = None
+    value: Share = 0.0
+    low: Share = 0.0
+    high: Share = 1.0
+
+
+class ProfilingResult(Message):
+    """What became of one profiling job: what was measured, and on which instruction sets, or why nothing was."""
+
+    job_id: Identifier
+    architecture: ShortText = ""
+    isa: tuple[Name, ...] = Field(default=(), max_length=32)
+    profile: ProfileReport | None = None
+    accuracy: AccuracyReport | None = None
+    error: Annotated[str, Field(max_length=1024)] = ""
+
+
+class ProfilingState(Message):
+    """Whether the device would measure a variant now, which job it has, and what came of those before."""
+
+    is_idle: bool = False
+    busy_with: ShortText = Field(default="", description="why it is not idle")
+    job_id: Identifier | None = Field(default=None, description="the job that it has and has not finished")
+    results: tuple[ProfilingResult, ...] = Field(default=(), max_length=16, description="told until acknowledged")
+
+
 class CheckIn(Message):
     """Reported state and telemetry; never by itself a reason to decide."""
 
@@ -201,6 +236,9 @@ class CheckIn(Message):
     serving_url: ShortText = Field(default="", description="where the device's inference server listens")
     keys_version: Count | None = Field(
         default=None, description="version of the keys that the device trusts; None: it follows no rotation"
+    )
+    profiling: ProfilingState | None = Field(
+        default=None, description="None: this agent runs no profiling jobs; since wire 1.2"
     )
 
 
@@ -265,6 +303,15 @@ class DesiredApplication(Message):
     trace_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
 
 
+class ProfilingJob(Message):
+    """A variant to measure while the device is idle, and held-out samples to measure its accuracy on."""
+
+    job_id: Identifier
+    variant: VariantReference
+    samples: VariantReference = Field(description="an .npz of at most SAMPLES_LIMIT samples and what is right for each")
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+
+
 class DesiredState(Message):
     """All that a device should run. Versions only grow; a version not above the one seen is ignored."""
 
@@ -274,6 +321,7 @@ class DesiredState(Message):
     expires_at: datetime
     check_in_interval_s: Seconds = 30
     applications: tuple[DesiredApplication, ...] = Field(default=(), max_length=64)
+    profiling: ProfilingJob | None = Field(default=None, description="at most one at a time; since wire 1.2")
 
 
 class SignedDesired(Message):
