@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from device_agents.accuracy import accuracy
 from device_agents.config import AgentConfig, load_config
 from device_agents.errors import AgentError, BadConfiguration
 from device_agents.listening import QuietServer, bind
@@ -85,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     measure = _command(commands, "profile", _profile, "measure one ONNX file on this device")
     measure.add_argument("file", type=Path, metavar="FILE")
     measure.add_argument("--threads", type=int, default=1, help="threads per run (default 1)")
+    measure.add_argument("--samples", type=Path, metavar="NPZ", help="also measure accuracy, on samples of the service")
     measure.add_argument("--json", action="store_true", help="print one line of JSON")
     look = _command(commands, "status", _status, "what the agent of this state folder does")
     look.add_argument("--json", action="store_true", help="print one line of JSON")
@@ -219,12 +221,17 @@ def _serve(config: AgentConfig, options: argparse.Namespace) -> int:
 
 def _profile(config: AgentConfig, options: argparse.Namespace) -> int:
     report = profile(options.file, threads=options.threads, config=config)
+    right = accuracy(options.file, options.samples, threads=options.threads) if options.samples else None
     if options.json:
-        _say(report.model_dump_json())
+        found = report.model_dump(mode="json") | ({"accuracy": right.model_dump(mode="json")} if right else {})
+        _say(json.dumps(found))
         return 0
     _say(f"{options.file.name}: n rows take {report.a_ms:.3f} ms * n + {report.b_ms:.3f} ms, r2 {report.r2:.3f}")
     _say(f"threads {report.threads}, load {report.load_ms:.0f} ms, memory {report.memory_bytes / 2**20:.1f} MiB")
     _say(f"CPU {report.cpu_ms_per_row:.3f} ms per row, sha256 {report.digest}")
+    if right is not None:
+        share = right.value if right.correct is None else right.correct / right.samples
+        _say(f"accuracy {share:.3f} ({right.kind}) on {right.samples} samples")
     return 0
 
 

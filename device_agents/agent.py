@@ -21,17 +21,18 @@ import httpx
 from device_agents.client import ServiceClient, full_jitter_s
 from device_agents.config import AgentConfig
 from device_agents.desired import open_desired
-from device_agents.drain import Drain
+from device_agents.drain import TOO_LARGE_OR_WRONG, Drain
 from device_agents.errors import AgentError, DesiredRefused, ServiceRefused, ServiceUnreachable
 from device_agents.executor import Executor
 from device_agents.followers import Followers
 from device_agents.membership import Membership
+from device_agents.profiling_jobs import Idleness, ProfilingJobs
 from device_agents.spool import Kept, Spool
 from device_agents.store import Identity, Store
 from device_agents.telemetry import TelemetryReader, hardware
 from device_agents.version import agent_version
 from device_agents.wake_ups import WakeUps
-from device_agents.wire import CheckIn, Feedback, Hardware, ProfileReport, WakeUp
+from device_agents.wire import CheckIn, CheckInReply, Feedback, Hardware, ProfileReport, WakeUp
 
 logger = logging.getLogger("qoe_agent")
 
@@ -63,6 +64,7 @@ class Agent:
         transport: httpx.BaseTransport | None = None,
         now: Callable[[], datetime] = utc_now,
         rng: random.Random | None = None,
+        idleness: Idleness | None = None,
     ) -> None:
         self.config = config
         self.serving_url = ""
@@ -97,6 +99,16 @@ class Agent:
             now=now,
             send=self._send_lease,
             on_change=lambda: self.poke(check_in=True),
+        )
+        self.profiling = ProfilingJobs(
+            config,
+            self.store,
+            fetch=self.client.download,
+            reports=self._followers.reports,
+            in_use=self._followers.digests_in_use,
+            read_hardware=self._hardware_now,
+            on_result=lambda: self.poke(check_in=True),
+            idleness=idleness,
         )
         # The current document is read again after a restart: what it asks for may not have been reached.
         self._seen_version = max(-1, self.store.seen_version() - 1)
@@ -135,6 +147,7 @@ class Agent:
             # Decisions made for another device must not be reported; what serves, serves on.
             self._seen_version, self._etag = -1, ""
             self._followers.disown()
+            self.profiling.order(None)
         assert self.client.identity is not None, "enrolment keeps an identity"
         return self.client.identity
 
@@ -172,6 +185,7 @@ class Agent:
     def start(self) -> None:
         """Begins to follow the service, in the background."""
         self._followers.start()
+        self.profiling.start()
         for name, work in (("loop", self._loop), ("wake-ups", self._wake_ups.listen)):
             thread = threading.Thread(target=work, name=name, daemon=True)
             self._threads.append(thread)
@@ -183,6 +197,7 @@ class Agent:
         self.poke()
         self.client.hang_up()
         self._followers.stop()
+        self.profiling.stop()
         for thread in list(self._threads):
             thread.join(5.0)
         self._followers.close()
@@ -259,23 +274,25 @@ class Agent:
         """Reports; True when the service has a newer document."""
         outcomes = self._followers.first_outcomes()
         profiles = self._untold_profiles()
-        found = self.read_hardware()
-        reply = self.client.check_in(
+        found, telemetry = self.read_hardware(), self._telemetry.read()
+        profiling = self.profiling.state(telemetry)
+        reply = self._send_check_in(
             CheckIn(
                 sent_at=self._now(),
                 agent_version=agent_version(),
                 desired_version_seen=max(0, self._seen_version),
                 hardware=None if found == self._told_hardware else found,
-                telemetry=self._telemetry.read(),
+                telemetry=telemetry,
                 applications=self._followers.reports(),
                 outcomes=tuple(outcome for told in outcomes.values() for outcome in told),
                 profiles=profiles,
                 dropped=self.spool.dropped(),
                 serving_url=self.serving_url,
                 keys_version=self.client.identity.keys_version if self.client.identity else None,
-            ),
-            trace_id=self._followers.trace_id(),
+                profiling=profiling,
+            )
         )
+        self.profiling.acknowledge(profiling)
         for follower, told in outcomes.items():
             if told:
                 follower.acknowledge(told)
@@ -286,6 +303,18 @@ class Agent:
         if reply.keys is not None:
             self._membership.trust(reply.keys)
         return reply.desired_version > self._seen_version
+
+    def _send_check_in(self, message: CheckIn) -> CheckInReply:
+        """What the service will never take of a measurement must not keep the device from being heard."""
+        try:
+            return self.client.check_in(message, trace_id=self._followers.trace_id())
+        except ServiceRefused as error:
+            if error.http_status in TOO_LARGE_OR_WRONG and message.profiling is not None:
+                self.profiling.acknowledge(message.profiling)
+            raise
+
+    def _hardware_now(self) -> Hardware:
+        return self.read_hardware()
 
     def _untold_profiles(self) -> tuple[ProfileReport, ...]:
         return tuple(p for p in self.store.profiles() if (p.digest, p.threads) not in self._told_profiles)[:256]
@@ -326,6 +355,7 @@ class Agent:
             self._followers.follow(state, seen_s=seen_s)
             return
         self._followers.follow(state, seen_s=seen_s)
+        self.profiling.order(state.profiling)
         # Not before: what fails on the way here must be fetched again, instead of being "not modified" for ever.
         self._seen_version, self._etag = state.version, etag
 

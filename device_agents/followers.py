@@ -101,7 +101,7 @@ class Followers:
             fetch=self._fetch,
             warm_up=self._warm_up,
             now=self._now,
-            in_use=self._digests_in_use,
+            in_use=self.digests_in_use,
             on_change=self._on_change,
         )
         follower = Follower(record, executor, tools, send=self._send)
@@ -116,7 +116,8 @@ class Followers:
         self._store.forget_record(application)
         logger.info("retired application=%s", application)
 
-    def _digests_in_use(self) -> set[str]:
+    def digests_in_use(self) -> set[str]:
+        """Variants of all applications that must stay on disk."""
         return {digest for follower in list(self._all.values()) for digest in follower.digests_in_use()}
 
     def _warm_up(self, desired: DesiredApplication, *, must_match: Session | None) -> Warmed:

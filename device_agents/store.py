@@ -26,6 +26,7 @@ from device_agents.wire import (
     Outcome,
     OutcomeReport,
     ProfileReport,
+    ProfilingResult,
     TrustedKey,
     UpdateState,
 )
@@ -83,6 +84,12 @@ class Profiles(Message):
     """Measured profiles by variant and threads, kept so that each pair is measured once."""
 
     measured: tuple[ProfileReport, ...] = ()
+
+
+class ProfilingResults(Message):
+    """What profiling jobs found, until the service has it."""
+
+    untold: tuple[ProfilingResult, ...] = ()
 
 
 class Store:
@@ -165,6 +172,7 @@ class Store:
         for path in (self.folder / "applications").glob("*.json"):
             path.unlink(missing_ok=True)
         (self.folder / "progress.json").unlink(missing_ok=True)
+        (self.folder / "profiling.json").unlink(missing_ok=True)
 
     def profiles(self) -> tuple[ProfileReport, ...]:
         """All profiles measured on this device so far."""
@@ -175,6 +183,14 @@ class Store:
         with self._profiles_lock:
             others = (p for p in self.profiles() if (p.digest, p.threads) != (profile.digest, profile.threads))
             self._write(self.folder / "profiles.json", Profiles(measured=(*others, profile)[-256:]))
+
+    def profiling_results(self) -> tuple[ProfilingResult, ...]:
+        """Results of profiling jobs that the service has not acknowledged."""
+        return (self._read(self.folder / "profiling.json", ProfilingResults) or ProfilingResults()).untold
+
+    def save_profiling_results(self, results: tuple[ProfilingResult, ...]) -> None:
+        """Keeps exactly these."""
+        self._write(self.folder / "profiling.json", ProfilingResults(untold=results))
 
     def save_status(self, status: Mapping[str, Any]) -> None:
         """Leaves a note for ``qoe-agent status`` and supervisors; worth nothing after a restart, nor on a full disk."""

@@ -10,12 +10,13 @@ import pytest
 
 from device_agents.agent import Agent
 from device_agents.config import AgentConfig
+from device_agents.profiling_jobs import Idleness
 from device_agents.store import Store
 from tests.device_agents.fake_service import NOW, TOKEN, URL, FakeService
 
 
 class MakeAgent(Protocol):
-    def __call__(self, **settings: object) -> Agent: ...
+    def __call__(self, *, idleness: Idleness | None = None, **settings: object) -> Agent: ...
 
 
 @pytest.fixture
@@ -33,13 +34,13 @@ def make_agent(tmp_path: Path, service: FakeService) -> Iterator[MakeAgent]:
     """Agents of one state folder, one after the other; the last one is stopped."""
     made: list[Agent] = []
 
-    def make(**settings: object) -> Agent:
+    def make(*, idleness: Idleness | None = None, **settings: object) -> Agent:
         config = AgentConfig.model_validate(
             {"service_url": URL, "token": TOKEN, "name": "device", "state_dir": tmp_path / "state"}
             | {"profile_budget_s": 0.05, "disk_reserve_bytes": 0}
             | settings
         )
-        made.append(Agent(config, transport=service.transport, now=lambda: NOW))
+        made.append(Agent(config, transport=service.transport, now=lambda: NOW, idleness=idleness))
         return made[-1]
 
     yield make

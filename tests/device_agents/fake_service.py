@@ -26,6 +26,7 @@ from device_agents.wire import (
     FeedbackResult,
     FeedbackStatus,
     HealthGate,
+    ProfilingJob,
     ServingConfiguration,
     Signature,
     SignedDesired,
@@ -96,6 +97,7 @@ class FakeService:
     device_id: str = "device-1"
     artifacts: dict[str, bytes] = field(default_factory=dict)
     applications: tuple[DesiredApplication, ...] = ()
+    profiling: ProfilingJob | None = None
     version: int = 0
     failing: int | None = None
     failing_feedback: int | None = None
@@ -146,6 +148,7 @@ class FakeService:
             issued_at=NOW,
             expires_at=NOW + timedelta(days=1),
             applications=self.applications,
+            profiling=self.profiling,
         ).model_dump_json()
 
     def wait_for(self, what: str, timeout_s: float = 10.0) -> None:
