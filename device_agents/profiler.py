@@ -13,7 +13,7 @@ import psutil
 
 from device_agents.errors import AttemptFailed, RunFailed
 from device_agents.runtime import Array, EmulatedQuota, Session, Tensor
-from device_agents.telemetry import cpu_quota_cores, throttled_periods
+from device_agents.telemetry import cpu_quota, throttled_periods
 from device_agents.wire import Outcome, ProfileReport
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
@@ -142,7 +142,7 @@ def _can_replace(session: Session, running: Session) -> bool:
 def _try(session: Session, rows: int) -> tuple[float, float]:
     """Runs once and checks the answer; wall and CPU milliseconds."""
     try:
-        outputs, cost = session.run(sample_inputs(session, rows))
+        outputs, cost = session.run_timed(sample_inputs(session, rows))
     except RunFailed as error:
         raise AttemptFailed(f"fails on a batch of {rows}: {error.reason}", outcome=Outcome.INCOMPATIBLE) from error
     for name, array in outputs.items():
@@ -154,6 +154,26 @@ def _try(session: Session, rows: int) -> tuple[float, float]:
     return cost.service_ms, cost.cpu_ms
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of a profile: whether a CPU quota stopped it, its wall time, and the part of it that it worked."""
+
+    is_throttled: bool
+    service_ms: float
+    busy_ms: float
+
+
+def at_rest_ms(runs: Sequence[Run]) -> float:
+    """What a run takes that nothing holds up, from some of one size: the lower quartile.
+
+    A neighbour that takes the core for a moment is not the model's cost, so slow runs count for little. Runs that a CPU
+    quota stopped count only where there are no others, and then by what they worked: the quota is told beside the
+    profile, and would count twice.
+    """
+    free = sorted(run.service_ms for run in runs if not run.is_throttled) or sorted(run.busy_ms for run in runs)
+    return free[(len(free) - 1) // 4]
+
+
 class _Pace:
     """Lets a CPU quota recover after each run, so that runs show what a request at low load sees, not the quota.
 
@@ -161,7 +181,8 @@ class _Pace:
     """
 
     def __init__(self) -> None:
-        self._quota_cores = cpu_quota_cores()
+        quota = cpu_quota()
+        self._quota_cores = quota.cores if quota else None
         self._left_s = LONGEST_REST_S if self._quota_cores is not None else 0.0
 
     def rest(self, *, service_ms: float, cpu_ms: float) -> None:
@@ -181,11 +202,8 @@ class _Pace:
 
 
 def _measure(session: Session, *, budget_s: float) -> tuple[list[tuple[int, float]], float]:
-    """Lower quartile of run times per batch size, within the budget; sizes that would not fit are left out.
-
-    A neighbour that takes the core for a moment is not the model's cost, so slow runs count for little; runs that a CPU
-    quota stopped count only where there are no others. Resting for a quota is not part of the budget.
-    """
+    """Run times at rest per batch size, within the budget, and CPU milliseconds per row; sizes that would not fit are
+    left out. Resting for a quota is not part of the budget."""
     sizes = BATCH_SIZES if session.is_batchable else (1,)
     pace, left_s = _Pace(), budget_s
     points: list[tuple[int, float]] = []
@@ -195,16 +213,16 @@ def _measure(session: Session, *, budget_s: float) -> tuple[list[tuple[int, floa
         expected_s = points[-1][1] * size / points[-1][0] / 1000 if points else 0.0
         if expected_s > left_s and len(points) >= 2:
             break
-        took: list[tuple[bool, float]] = []
-        while not took or (len(took) < RUNS_PER_SIZE and took[-1][1] / 1000 < share_s):
+        took: list[Run] = []
+        while not took or (len(took) < RUNS_PER_SIZE and took[-1].service_ms / 1000 < share_s):
             throttles = pace.throttles()
             service_ms, cpu_ms = _try(session, size)
-            took.append((pace.is_throttled_since(throttles), service_ms))
+            busy_ms = min(service_ms, cpu_ms / session.threads)
+            took.append(Run(pace.is_throttled_since(throttles), service_ms, busy_ms))
             cpu_ms_per_row.append(cpu_ms / size)
             share_s, left_s = share_s - service_ms / 1000, left_s - service_ms / 1000
             pace.rest(service_ms=service_ms, cpu_ms=cpu_ms)
-        free = sorted(ms for is_throttled, ms in took if not is_throttled) or sorted(ms for _, ms in took)
-        points.append((size, free[(len(free) - 1) // 4]))
+        points.append((size, at_rest_ms(took)))
     return points, sorted(cpu_ms_per_row)[len(cpu_ms_per_row) // 2]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,7 @@ Network = Literal["ethernet", "wifi", "metered", "offline", "unknown"]
 def hardware(root: Path = Path("/")) -> Hardware:
     """What this device is made of. ``root`` is where /proc and /sys are."""
     cpuinfo = _text(root / "proc/cpuinfo")
+    quota = cpu_quota(root)
     return Hardware(
         architecture=platform.machine(),
         cpu_model=_cpu_model(cpuinfo),
@@ -44,7 +46,8 @@ def hardware(root: Path = Path("/")) -> Hardware:
         memory_bytes=psutil.virtual_memory().total,
         isa=isa(cpuinfo),
         runtime_version=runtime_version(),
-        cpu_quota_cores=cpu_quota_cores(root),
+        cpu_quota_cores=quota.cores if quota else None,
+        cpu_quota_period_ms=quota.period_ms if quota else None,
     )
 
 
@@ -63,8 +66,16 @@ def isa(cpuinfo: str) -> tuple[str, ...]:
     return ()
 
 
-def cpu_quota_cores(root: Path = Path("/")) -> float | None:
-    """The CPU quota of this process's cgroup, in cores; None without one. Knows cgroup version 2 and 1."""
+@dataclass(frozen=True, order=True)
+class CpuQuota:
+    """CPU time per second in cores, granted anew each period."""
+
+    cores: float
+    period_ms: float
+
+
+def cpu_quota(root: Path = Path("/")) -> CpuQuota | None:
+    """The CPU quota of this process's cgroup; None without one. Knows cgroup version 2 and 1."""
     quotas = []
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -171,10 +182,11 @@ def _cpu_model(cpuinfo: str) -> str:
     return platform.processor()[:256]
 
 
-def _quota(words: list[str]) -> float | None:
-    if len(words) != 2 or not all(word.isdigit() for word in words) or not int(words[1]):
+def _quota(words: list[str]) -> CpuQuota | None:
+    if len(words) != 2 or not all(word.isdigit() and int(word) for word in words):
         return None
-    return int(words[0]) / int(words[1]) or None
+    granted_us, period_us = map(int, words)
+    return CpuQuota(cores=granted_us / period_us, period_ms=period_us / 1000)
 
 
 def _text(path: Path) -> str:

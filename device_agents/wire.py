@@ -48,6 +48,9 @@ class Hardware(Message):
     cpu_quota_cores: Annotated[float, Field(gt=0, le=4096)] | None = Field(
         default=None, description="CPU time per second that the operating system grants, in cores; None: no limit"
     )
+    cpu_quota_period_ms: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
+        default=None, description="how often that CPU time is granted anew; None: no limit, or not known"
+    )
 
 
 class EnrolmentRequest(Message):

@@ -25,7 +25,8 @@ Floats = NDArray[np.float64]
 OVERSUBSCRIPTION_LOSS = 0.4
 LARGEST_SENSITIVITY = 5.0
 NOISE_SD = 0.08
-QUOTA_PERIOD_MS = 100.0
+# The kernel's own, where the device does not tell it.
+QUOTA_PERIOD_S = 0.1
 # Three-point Gauss-Hermite quadrature: how far the outer points lie from the mean, and what each weighs.
 HOPEFUL_SD, HOPEFUL_WEIGHT = math.sqrt(3.0), 1.0 / 6.0
 
@@ -138,14 +139,16 @@ def _quota_stalls(context: Context, table: ActionTable, one_ms: Floats, crowd: F
     """What a CPU quota does: how many times longer a run takes, crowding included, and how many times longer than that
     it keeps the next one waiting.
 
-    A quota of q cores grants q x 100 ms of CPU time per 100 ms. A run within one grant is not slowed down, a longer one
-    stalls until the next; whatever it used has to be granted again before the device can sustain another (Linux CFS
-    bandwidth control).
+    A quota of q cores grants q x P ms of CPU time per period of P ms. A run within one grant is not slowed down, a
+    longer one stalls until the next; whatever it used has to be granted again before the device can sustain another
+    (Linux CFS bandwidth control).
     """
     quota = context.features.get("cpu_quota")
     if not isinstance(quota, (int, float)) or not 0 < quota < context.cores:
         return crowd, np.ones_like(crowd)
+    told = context.features.get("cpu_quota_period")
+    period_ms = 1000.0 * (told if isinstance(told, (int, float)) and told > 0 else QUOTA_PERIOD_S)
     threads = np.minimum(table.threads, context.cores)
     granted_ms = one_ms * threads / quota
-    run_ms = np.maximum(one_ms * crowd, granted_ms - QUOTA_PERIOD_MS * np.maximum(1.0 - quota / threads, 0.0))
+    run_ms = np.maximum(one_ms * crowd, granted_ms - period_ms * np.maximum(1.0 - quota / threads, 0.0))
     return run_ms / one_ms, np.maximum(granted_ms / run_ms, 1.0)

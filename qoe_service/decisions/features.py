@@ -61,6 +61,8 @@ def _features(device: Device, hardware: Hardware, telemetry: Telemetry) -> dict[
     }
     if hardware.cpu_quota_cores is not None:
         features["cpu_quota"] = hardware.cpu_quota_cores
+    if hardware.cpu_quota_period_ms is not None:
+        features["cpu_quota_period"] = hardware.cpu_quota_period_ms / 1000
     if telemetry.temperature_c is not None:
         features["temperature"] = telemetry.temperature_c / 100
     if telemetry.battery_share is not None:

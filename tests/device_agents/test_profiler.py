@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_agents.errors import AttemptFailed
-from device_agents.profiler import fit, warm_up
+from device_agents.profiler import Run, at_rest_ms, fit, warm_up
 from device_agents.runtime import Session
 from device_agents.wire import Outcome, ProfileReport
 from tests.device_agents.models import Model, dense, scaling
@@ -46,6 +46,12 @@ def test_a_profile_is_measured_within_two_seconds(tmp_path: Path) -> None:
     assert profile.memory_bytes >= path.stat().st_size
     assert profile.cpu_ms_per_row is not None
     assert profile.cpu_ms_per_row > 0
+
+
+def test_what_a_quota_stopped_counts_only_by_what_it_worked_and_only_alone() -> None:
+    stopped, free = Run(True, 21.0, 1.1), Run(False, 1.2, 1.0)
+    assert at_rest_ms([stopped, stopped]) == 1.1
+    assert at_rest_ms([stopped, free, stopped]) == 1.2
 
 
 def test_a_known_profile_is_not_measured_again(tmp_path: Path) -> None:

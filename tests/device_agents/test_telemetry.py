@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from device_agents.telemetry import (
+    CpuQuota,
     TelemetryReader,
-    cpu_quota_cores,
+    cpu_quota,
     hardware,
     isa,
     network,
@@ -40,7 +41,7 @@ def test_instruction_sets_are_named_as_the_catalogue_names_them(cpuinfo: str, ex
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"proc/self/cgroup": "0::/box\n", "sys/fs/cgroup/box/cpu.max": "25000 100000\n"}, 0.25),
+        ({"proc/self/cgroup": "0::/box\n", "sys/fs/cgroup/box/cpu.max": "25000 100000\n"}, CpuQuota(0.25, 100.0)),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
         (
             {
@@ -48,7 +49,7 @@ def test_instruction_sets_are_named_as_the_catalogue_names_them(cpuinfo: str, ex
                 "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "5000\n",
                 "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "10000\n",
             },
-            0.5,
+            CpuQuota(0.5, 10.0),
         ),
         (
             {
@@ -62,10 +63,12 @@ def test_instruction_sets_are_named_as_the_catalogue_names_them(cpuinfo: str, ex
     ],
     ids=["v2", "v2 unlimited", "v1", "v1 unlimited", "no cgroups"],
 )
-def test_the_quota_of_the_control_group_is_told(tmp_path: Path, files: dict[str, str], expected: float | None) -> None:
+def test_the_quota_of_the_control_group_is_told(
+    tmp_path: Path, files: dict[str, str], expected: CpuQuota | None
+) -> None:
     for path, text in files.items():
         write(tmp_path, path, text)
-    assert cpu_quota_cores(tmp_path) == expected
+    assert cpu_quota(tmp_path) == expected
 
 
 def test_the_network_is_that_of_the_default_route(tmp_path: Path) -> None:

@@ -288,8 +288,8 @@ def test_a_time_too_short_to_be_one_was_not_measured(quantity: str, value: float
     assert calibration.rows() == {}
 
 
-def throttled(some: tuple[Profile, ...], quota: float | None, rate_rps: float = 0.1) -> Predicted:
-    features = {} if quota is None else {"cpu_quota": quota}
+def throttled(some: tuple[Profile, ...], quota: float | None, rate_rps: float = 0.1, **told: float) -> Predicted:
+    features = told | ({} if quota is None else {"cpu_quota": quota})
     situation = context(cores=1, arrival_rate_rps=rate_rps, features=features)
     return LatencyModel(some).predict(situation, action_table((action(0),)))
 
@@ -304,6 +304,13 @@ def test_a_run_within_one_grant_of_a_cpu_quota_is_not_slowed_down() -> None:
 def test_a_longer_run_stalls_until_the_next_grant() -> None:
     """40 ms of work at 20 ms per 100 ms: 20 ms, 80 ms of waiting, 20 ms."""
     assert throttled((Profile(variant(0).digest, 1, 0.0, 40.0),), 0.2).p50_ms == pytest.approx([120.0], rel=0.01)
+
+
+def test_a_short_period_stalls_sooner_and_for_less() -> None:
+    """2 ms of work at 1 ms per 20 ms: 1 ms, 19 ms of waiting, 1 ms."""
+    some = (Profile(variant(0).digest, 1, 0.0, 2.0),)
+    assert throttled(some, 0.05).p50_ms == pytest.approx([2.0], rel=0.01)
+    assert throttled(some, 0.05, cpu_quota_period=0.02).p50_ms == pytest.approx([21.0], rel=0.01)
 
 
 def test_a_quota_bounds_what_a_device_sustains() -> None:

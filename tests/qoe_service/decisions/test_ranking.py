@@ -100,7 +100,7 @@ def test_telemetry_and_labels_that_matter_reach_the_context(scene: Scene) -> Non
         "tablet",
         labels={"preference": "fast", "serial": "x-123"},
         telemetry={"temperature_c": 60.0, "battery_share": 0.5, "charging": False, "network": "metered"},
-        hardware={"cores": 4, "cpu_quota_cores": 1.5},
+        hardware={"cores": 4, "cpu_quota_cores": 1.5, "cpu_quota_period_ms": 20.0},
     )
     context = context_from_record(scene.decide(device).context)
     assert context.cores == 2
@@ -108,6 +108,7 @@ def test_telemetry_and_labels_that_matter_reach_the_context(scene: Scene) -> Non
         "network": "metered",
         "throttled": 0.0,
         "cpu_quota": 1.5,
+        "cpu_quota_period": 0.02,
         "temperature": 0.6,
         "battery": 0.5,
         "charging": 0.0,
