@@ -25,8 +25,10 @@ Mask = NDArray[np.bool_]
 
 # Credit older than about so many decisions is forgotten, so that a good year does not pay for a bad month.
 WINDOW = 100.0
-# A device may lose this many decisions' allowance before it has earned any credit.
-GRANTED_DECISIONS = 10.0
+# The allowance of a device's first decisions is there from the start: an early loss has to be earned back by then.
+GRANTED_DECISIONS = 5.0
+# The fleet's own standing counts from so many decisions on.
+FLEET_DECISIONS = 10.0
 # What a mean residual is shrunk by, in decisions, and by how much a cautious estimate lies below the mean.
 SHRINKAGE = 4.0
 CAUTION = 0.03
@@ -103,24 +105,23 @@ def _shrunk(mean: float, count: float) -> float:
     return mean * count / (count + SHRINKAGE)
 
 
-def uncovered(qoe: Floats, baseline: int | None, share: float, fleet: Standing, device: Standing) -> Mask:
+def uncovered(cautious: Floats, owed: float, baseline: int, share: float, standings: tuple[Standing, Standing]) -> Mask:
     """Which actions the budget does not cover now, shape (actions,); never the baseline.
 
-    ``qoe`` is predicted, ``baseline`` an index, ``share`` the allowed loss in [0, 1]. A share of 1 sets no
-    bound, and without a baseline among the actions there is nothing to compare with: everything is covered.
+    ``cautious`` is the QoE of each action if the device is slower than expected, ``owed`` what is expected of the
+    baseline (an index); ``share`` is the allowed loss in [0, 1]; ``standings`` are the fleet's and the device's.
 
-    >>> uncovered(np.array([0.8, 0.82, 0.2]), 0, 0.05, Standing(), Standing(50, 37.0, 40.0)).tolist()
+    >>> uncovered(np.array([0.8, 0.85, 0.3]), 0.8, 0, 0.05, (Standing(), Standing())).tolist()
     [False, False, True]
     """
-    if baseline is None or share >= 1:
-        return np.zeros(len(qoe), dtype=np.bool_)
-    allowance = (1.0 - share) * (qoe[baseline] + _shrunk(device.baseline_residual, device.baseline_decisions))
-    cautious = qoe + min(_shrunk(device.residual, device.other_decisions), 0.0) - CAUTION
-    grant = GRANTED_DECISIONS * share * qoe[baseline] * max(0.0, 1.0 - device.decisions / WINDOW)
+    fleet, device = standings
+    allowance = (1.0 - share) * (owed + _shrunk(device.baseline_residual, device.baseline_decisions))
+    worst = cautious + min(_shrunk(device.residual, device.other_decisions), 0.0) - CAUTION
+    grant = share * owed * max(GRANTED_DECISIONS - device.decisions, 0.0)
     credit = device.credit(share) + grant
-    if fleet.decisions >= GRANTED_DECISIONS:
+    if fleet.decisions >= FLEET_DECISIONS:
         credit = min(credit, fleet.credit(share) + share * fleet.baseline / 2)
-    mask: Mask = (cautious < allowance) & (credit + cautious < allowance)
+    mask: Mask = (worst < allowance) & (credit + worst < allowance)
     mask[baseline] = False
     return mask
 

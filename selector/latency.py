@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selector.actions import ActionTable
-from selector.calibration import Calibration, scopes_of
+from selector.calibration import Calibration, Correction, scopes_of
 from selector.effects import effect_table
 from selector.interactions import Context, Profile
 from selector.profiles import ProfileBook, ServiceTime, profile_book
-from selector.queueing import SMALLEST_SPREAD, Z_95, normal_cdf, sojourn_columns
+from selector.queueing import SMALLEST_SPREAD, Z_95, normal_cdf, share_within, sojourn_columns
 
 __all__ = ["Calibration", "LatencyModel", "Predicted", "ProfileBook", "ServiceTime", "scopes_of"]
 
@@ -28,14 +28,15 @@ NOISE_SD = 0.08
 # The kernel's own, where the device does not tell it.
 QUOTA_PERIOD_S = 0.1
 # Three-point Gauss-Hermite quadrature: how far the outer points lie from the mean, and what each weighs.
-HOPEFUL_SD, HOPEFUL_WEIGHT = math.sqrt(3.0), 1.0 / 6.0
+OUTER_SD, OUTER_WEIGHT = math.sqrt(3.0), 1.0 / 6.0
 
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
     """Predictions as columns of shape (actions,), and ``source`` per action. All finite.
 
-    The hopeful ones hold if the service time lies HOPEFUL_SD standard deviations below what is expected.
+    The hopeful ones hold if the service time lies OUTER_SD standard deviations below what is expected. ``known`` is the
+    correction that was used.
     """
 
     p50_ms: Floats
@@ -54,6 +55,7 @@ class Predicted:
     held_back: Floats
     memory_bytes: Floats
     source: tuple[str, ...]
+    known: Correction
 
 
 class LatencyModel:
@@ -71,8 +73,9 @@ class LatencyModel:
         times = self._book.columns(table, context.cores)
         known = self._calibration.correction(context, effect_table(table, times.source))
         service, tail, cpu = np.exp(known.mean)
-        crowd = _contention(context, table, times.a_ms + times.b_ms)
-        stalled, held_back = _quota_stalls(context, table, times.a_ms + times.b_ms, crowd)
+        one_ms, threads = times.a_ms + times.b_ms, np.minimum(table.threads, context.cores)
+        crowd = _contention(context, table, one_ms, threads)
+        stalled, held_back = _quota_stalls(context, one_ms, threads, crowd)
         raw_a, raw_b = times.a_ms * stalled, np.maximum(times.b_ms * stalled, 1e-6)
         queue = sojourn_columns(
             raw_a * service,
@@ -82,12 +85,12 @@ class LatencyModel:
             context.arrival_rate_rps,
             held_back=held_back,
         )
-        raw_cpu = (times.a_ms + times.b_ms / queue.batch) * np.minimum(table.threads, context.cores)
+        raw_cpu = (times.a_ms + times.b_ms / queue.batch) * threads
         p95_ms: Floats = np.maximum(queue.p95_ms * tail, queue.p50_ms * 1.02)
         steepness = 1.0 / np.maximum(1.0 - queue.utilisation, 1.0 / LARGEST_SENSITIVITY)
         unsure = known.variance[0]
         log_sd: Floats = np.sqrt(steepness**2 * (unsure + NOISE_SD**2) + known.variance[1])
-        hope = HOPEFUL_SD * np.sqrt(unsure)
+        hope = OUTER_SD * np.sqrt(unsure)
         late, within, hopeful = _shares(
             context.slo_p95_ms, queue.p50_ms, p95_ms, log_sd, variance=steepness**2 * unsure, hope=steepness * hope
         )
@@ -109,7 +112,29 @@ class LatencyModel:
             held_back=held_back,
             memory_bytes=times.memory_bytes,
             source=times.source,
+            known=known,
         )
+
+
+def cautious_hit_share(context: Context, table: ActionTable, predicted: Predicted) -> Floats:
+    """Share of requests within the SLO if the service time lies OUTER_SD standard deviations above what is expected,
+    shape (actions,).
+
+    The slower service goes through the queue: what is near overload falls off a cliff that no spread around the
+    expectation shows.
+    """
+    service, tail, _ = predicted.known.mean
+    slow = np.exp(service + OUTER_SD * np.sqrt(predicted.known.variance[0]))
+    queue = sojourn_columns(
+        predicted.raw_a_ms * slow,
+        predicted.raw_b_ms * slow,
+        table.max_batch,
+        table.max_concurrency,
+        context.arrival_rate_rps,
+        held_back=predicted.held_back,
+    )
+    p95_ms = np.maximum(queue.p95_ms * np.exp(tail), queue.p50_ms * 1.02)
+    return np.minimum(share_within(context.slo_p95_ms, queue.p50_ms, p95_ms), predicted.slo_hit_share)
 
 
 def _shares(
@@ -126,16 +151,16 @@ def _shares(
     return late, within, hopeful
 
 
-def _contention(context: Context, table: ActionTable, one_ms: Floats) -> Floats:
+def _contention(context: Context, table: ActionTable, one_ms: Floats, threads: Floats) -> Floats:
     """Slow-down when runs and other processes want more cores than there are; busy runs from the offered load."""
     busy = np.minimum(np.maximum(context.arrival_rate_rps * one_ms / 1000.0, 1.0), table.max_concurrency)
-    wanted = busy * np.minimum(table.threads, context.cores) / context.cores
+    wanted = busy * threads / context.cores
     shared = np.maximum(1.0, wanted + context.cpu_load_share)
     crowd: Floats = shared * (1.0 + OVERSUBSCRIPTION_LOSS * np.minimum(np.maximum(wanted - 1.0, 0.0), 1.0))
     return crowd
 
 
-def _quota_stalls(context: Context, table: ActionTable, one_ms: Floats, crowd: Floats) -> tuple[Floats, Floats]:
+def _quota_stalls(context: Context, one_ms: Floats, threads: Floats, crowd: Floats) -> tuple[Floats, Floats]:
     """What a CPU quota does: how many times longer a run takes, crowding included, and how many times longer than that
     it keeps the next one waiting.
 
@@ -148,7 +173,6 @@ def _quota_stalls(context: Context, table: ActionTable, one_ms: Floats, crowd: F
         return crowd, np.ones_like(crowd)
     told = context.features.get("cpu_quota_period")
     period_ms = 1000.0 * (told if isinstance(told, (int, float)) and told > 0 else QUOTA_PERIOD_S)
-    threads = np.minimum(table.threads, context.cores)
     granted_ms = one_ms * threads / quota
     run_ms = np.maximum(one_ms * crowd, granted_ms - period_ms * np.maximum(1.0 - quota / threads, 0.0))
     return run_ms / one_ms, np.maximum(granted_ms / run_ms, 1.0)

@@ -66,12 +66,12 @@ def sample(probabilities: NDArray[np.float64] | Sequence[float], seed: int, purp
     1
     """
     weights = np.asarray(probabilities, dtype=np.float64)
-    if weights.ndim != 1 or weights.size == 0 or not np.isfinite(weights).all() or (weights < 0).any():
+    if weights.ndim != 1 or weights.size == 0 or not weights.min() >= 0:  # NaN is not at least 0 either
         raise InvalidInput("probabilities", "must be a non-empty vector of finite numbers, none negative")
-    ladder = np.cumsum(weights)
+    ladder = weights.cumsum()
     if not 1 - SUM_TOLERANCE <= ladder[-1] <= 1 + SUM_TOLERANCE:
         raise InvalidInput("probabilities", f"must sum to 1, sum to {ladder[-1]:g}")
-    return int(np.searchsorted(ladder, uniform_of(seed, purpose) * ladder[-1], side="right"))
+    return int(ladder.searchsorted(uniform_of(seed, purpose) * ladder[-1], side="right"))
 
 
 def checked(probabilities: NDArray[np.float64] | Sequence[float], count: int) -> NDArray[np.float64]:

@@ -22,7 +22,7 @@ from selector.feasibility import (
     slo_violation_is_likely,
 )
 from selector.interactions import Action, Context, Profile, Ranking
-from selector.latency import HOPEFUL_WEIGHT, LatencyModel, Predicted
+from selector.latency import OUTER_WEIGHT, LatencyModel, Predicted, cautious_hit_share
 from selector.policy import Policy, checked, sample, seed_of, uniform_of
 from selector.reward import QoeFormula
 from selector.validation import check_context, name, number
@@ -138,11 +138,12 @@ def rank(
     )
 
 
-def expected_qoe(context: Context, table: ActionTable, predicted: Predicted, formula: QoeFormula) -> Floats:
-    """Predicted QoE per action; a variant that is neither running nor on the device has to be downloaded."""
-    download = np.where(on_device(context, table)[table.variant], 0.0, table.size_bytes)
-    share = predicted.slo_hit_share
-    return formula.predicted(table.accuracy, share, predicted.cpu_ms_per_request, download)
+def expected_qoe(
+    table: ActionTable, predicted: Predicted, formula: QoeFormula, hit_share: Floats, is_present: Mask
+) -> Floats:
+    """Predicted QoE per action at this share of requests within the SLO; what is not present has to be downloaded."""
+    download = np.where(is_present, 0.0, table.size_bytes)
+    return formula.predicted(table.accuracy, hit_share, predicted.cpu_ms_per_request, download)
 
 
 def mixture(
@@ -206,16 +207,21 @@ class _Scored:
         wanted = [position[key] for key in (context.incumbent, context.baseline) if key is not None and key in position]
         forced = [each for each in dict.fromkeys(wanted) if self.feasible[each] and not self.uncovered[each]]
         order = np.argsort(np.where(eligible, -self.candidates.value, np.inf), kind="stable")[: int(eligible.sum())]
-        best = [index for index in self._variants_first(order).tolist() if index not in forced]
-        return sorted(forced + best[: max(size - len(forced), 0)])
+        return sorted(forced + self._variants_first(order, frozenset(forced), size - len(forced)))
 
-    def _variants_first(self, order: Indices) -> Indices:
-        """The best action of each variant, then the others: tastes are about variants, configurations are predicted."""
-        _, first = np.unique(self.table.variant[order], return_index=True)
-        first.sort()
-        rest = np.ones(len(order), dtype=np.bool_)
-        rest[first] = False
-        return np.concatenate((order[first], order[rest]))
+    def _variants_first(self, order: Indices, taken: frozenset[int], count: int) -> list[int]:
+        """So many that are not taken: the best action of each variant, then the others. Tastes are about variants,
+        configurations are predicted."""
+        met: set[int] = set()
+        firsts: list[int] = []
+        rest: list[int] = []
+        for index, variant in zip(order.tolist(), self.table.variant[order].tolist(), strict=True):
+            if len(firsts) >= count:
+                break
+            if index not in taken:
+                (rest if variant in met else firsts).append(index)
+            met.add(variant)
+        return (firsts + rest)[:count]
 
 
 def _score(
@@ -235,21 +241,25 @@ def _score(
     if len(hard) == len(table.actions):
         raise NoFeasibleAction({key: hard[index] for index, key in enumerate(table.keys)})
     feasible = np.ones(len(table.actions), dtype=np.bool_)
-    feasible[list(hard)] = False
+    if hard:
+        feasible[list(hard)] = False
     soft = slo_violation_is_likely(predicted.slo_violation_probability, exploration.slo_violation_limit)
-    qoe = expected_qoe(context, table, predicted, formula)
+    is_present = on_device(context, table)[table.variant]
+    qoe = expected_qoe(table, predicted, formula, predicted.slo_hit_share, is_present)
     baseline = table.position.get(context.baseline) if context.baseline is not None else None
     if baseline is not None and not feasible[baseline]:
         baseline = None
-    short = uncovered(qoe, baseline, exploration.budget, *standings)
+    short = np.zeros(len(table.actions), dtype=np.bool_)
+    if baseline is not None and exploration.budget < 1:
+        cautious = expected_qoe(table, predicted, formula, cautious_hit_share(context, table, predicted), is_present)
+        short = uncovered(cautious, float(qoe[baseline]), baseline, exploration.budget, standings)
     reasons = dict.fromkeys(soft.nonzero()[0].tolist(), (SLO_VIOLATION_LIKELY,))
     for index in short.nonzero()[0].tolist():
         reasons[index] = (*reasons.get(index, ()), EXPLORATION_BUDGET)
-    surest = feasible & ~soft if (feasible & ~soft).any() else feasible
-    best = float(qoe[surest].max())
+    free = feasible & ~soft
+    best = float(qoe[free if free.any() else feasible].max())
     # What ran here lately is known, or its report is on the way: finding it out again would tell nothing new.
-    is_news = ~on_device(context, table)[table.variant]
-    found_out = exploration.horizon * is_news * worth_finding_out(table, predicted, formula, qoe, best)
+    found_out = exploration.horizon * ~is_present * worth_finding_out(table, predicted, formula, qoe, best)
     bonus = found_out - exploration.risk_aversion * predicted.slo_violation_probability
     candidates = Candidates(table, predicted, qoe, bonus, hard=hard, soft=reasons)
     return _Scored(table, candidates, feasible, soft, short, qoe + found_out > best)
@@ -264,5 +274,5 @@ def worth_finding_out(
     fast point can gain. An action that is sure, or hopeless, is worth nothing.
     """
     hopeful = formula.predicted(table.accuracy, predicted.hopeful_hit_share, predicted.hopeful_cpu_ms, 0.0)
-    gain: Floats = HOPEFUL_WEIGHT * np.maximum(hopeful - np.maximum(best, qoe), 0.0)
+    gain: Floats = OUTER_WEIGHT * np.maximum(hopeful - np.maximum(best, qoe), 0.0)
     return gain
