@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from selector.errors import InvalidInput
 from selector.interactions import Action, Configuration, Variant
 from selector.kept import Kept
-from selector.validation import name, number
+from selector.validation import check_configuration, name, number
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -50,7 +50,7 @@ def _read(actions: tuple[Action, ...]) -> ActionTable:
     variants = {action.variant.digest: action.variant for action in actions}
     configurations = {action.configuration: None for action in actions}
     for configuration in configurations:
-        _check_configuration(configuration)
+        check_configuration(configuration)
     variant_index = {digest: index for index, digest in enumerate(variants)}
     configuration_index = {configuration: index for index, configuration in enumerate(configurations)}
     of_pair = [(variant_index[action.variant.digest], action.configuration.threads) for action in actions]
@@ -81,11 +81,6 @@ def _check_variant(variant: Variant) -> None:
     number("variant.accuracy", variant.accuracy, 0, 1)
     number("variant.size_bytes", variant.size_bytes, 0, 1e15)
     number("variant.memory_bytes", variant.memory_bytes, 0, 1e18)
-
-
-def _check_configuration(configuration: Configuration) -> None:
-    for field in ("max_batch", "max_concurrency", "threads"):
-        number(f"configuration.{field}", getattr(configuration, field), 1, 1e6)
 
 
 action_table = Kept[Action, ActionTable](_read)

@@ -58,7 +58,10 @@ class Standing:
             return cls()
         if not isinstance(row, (list, tuple)) or len(row) != len(cls.__slots__):
             raise InvalidInput(field, f"must be {len(cls.__slots__)} numbers")
-        return cls(*(number(field, value, -1e9, 1e9) for value in row))
+        standing = cls(*(number(field, value, -1e15, 1e15) for value in row))
+        if min(standing.decisions, standing.baseline_decisions, standing.other_decisions) < 0:
+            raise InvalidInput(field, "must not count fewer than no decisions")
+        return standing
 
     def as_row(self) -> list[float]:
         """JSON-able; exact."""

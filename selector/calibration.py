@@ -37,7 +37,7 @@ from selector.effects import (
 from selector.errors import InvalidInput
 from selector.interactions import Context, Interaction
 from selector.queueing import sojourn
-from selector.validation import check_interaction, number
+from selector.validation import check_interaction, check_prediction, number
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
@@ -50,6 +50,8 @@ OUTLIER_Z = 2.5
 SURPRISE_Z = 1.3
 TAIL_UTILISATION_LIMIT = 0.95
 LARGEST_LOG_RATIO = 5.0
+# No effect becomes larger, in mean or variance: all of an action together still have an exponential.
+LARGEST_EFFECT = 2.0 * LARGEST_LOG_RATIO
 # A shorter time was not measured, whatever was sent: its ratio may be 0, which has no logarithm.
 LEAST_MEASURED_MS = 1e-6
 
@@ -128,9 +130,11 @@ class Calibration:
         predictions, no baseline) nothing is learnt. Raises InvalidInput.
         """
         check_interaction(interaction)
+        baseline = baseline_candidate(interaction.candidates, interaction.context.baseline)
+        if baseline is not None:
+            check_prediction(baseline, "candidates[baseline]")
         scopes = scopes_of(interaction.context)
         has_effects = self._learn_effects(interaction)
-        baseline = baseline_candidate(interaction.candidates, interaction.context.baseline)
         changed = set(scopes) if has_effects else set()
         if baseline is not None:
             changed |= {scopes[0], scopes[-1]}
@@ -219,7 +223,8 @@ class Calibration:
         softened = innovation * min(1.0, (OUTLIER_Z * math.sqrt(total) / max(abs(innovation), 1e-12)) ** 2)
         for effects, _, name, _, mean, variance in parts:
             gain = variance / total
-            effects[name] = [mean + gain * softened, variance * (1.0 - gain)]
+            learnt = min(max(mean + gain * softened, -LARGEST_EFFECT), LARGEST_EFFECT)
+            effects[name] = [learnt, variance * (1.0 - gain)]
         return True
 
 
@@ -275,8 +280,8 @@ def _copied(row: Row) -> Row:
 
 
 def _checked_row(scope: str, row: Mapping[str, Any]) -> Row:
-    if scope != "fleet" and not scope.startswith(("class:", "device:")):
-        raise InvalidInput("scope", f"must be fleet, class:<name> or device:<id>, is {scope[:80]!r}")
+    if not isinstance(scope, str) or (scope != "fleet" and not scope.startswith(("class:", "device:"))):
+        raise InvalidInput("scope", f"must be fleet, class:<name> or device:<id>, is {str(scope)[:80]!r}")
     if not isinstance(row, Mapping):
         raise InvalidInput(scope, "must be a mapping")
     checked: Row = {"revision": int(number(f"{scope}.revision", row.get("revision", 0), 0, 2**53))}
@@ -290,7 +295,9 @@ def _checked_row(scope: str, row: Mapping[str, Any]) -> Row:
             }
     if "standing" in row:
         checked["standing"] = Standing.from_row(f"{scope}.standing", row["standing"]).as_row()
-    if isinstance(row.get("surprise"), Mapping):
+    if "surprise" in row:
+        if not isinstance(row["surprise"], Mapping):
+            raise InvalidInput(f"{scope}.surprise", "must be a mapping")
         checked["surprise"] = {
             str(name): number(f"{scope}.surprise", value, -3, 3) for name, value in row["surprise"].items()
         }
@@ -300,4 +307,4 @@ def _checked_row(scope: str, row: Mapping[str, Any]) -> Row:
 def _checked_effect(field: str, effect: object) -> list[float]:
     if not isinstance(effect, (list, tuple)) or len(effect) != 2:
         raise InvalidInput(field, "must be [mean, variance]")
-    return [number(field, effect[0], -100, 100), number(field, effect[1], 0, 100)]
+    return [number(field, effect[0], -LARGEST_EFFECT, LARGEST_EFFECT), number(field, effect[1], 0, LARGEST_EFFECT)]

@@ -72,7 +72,7 @@ def is_push_deferred(context: Context) -> bool:
     """
     features = context.features
     battery = features.get("battery", 1.0)
-    is_low = isinstance(battery, float) and battery < LOW_BATTERY_SHARE and features.get("charging", 0.0) != 1.0
+    is_low = isinstance(battery, (int, float)) and battery < LOW_BATTERY_SHARE and features.get("charging", 0.0) != 1.0
     return features.get("network") == "metered" or is_low
 
 

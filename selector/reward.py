@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from selector.errors import InvalidInput
 from selector.interactions import Measurement
 from selector.queueing import share_within
-from selector.validation import check_measurement, number
+from selector.validation import check_measurement, number, whole
 
 Floats = NDArray[np.float64]
 _POSITIVE = ("slo_p95_ms", "energy_reference_cpu_ms", "switching_reference_bytes")
@@ -49,7 +49,7 @@ class QoeFormula:
 
     def __post_init__(self) -> None:
         """Raise InvalidInput naming the field that makes no sense."""
-        number("version", self.version, 0, 2**31)
+        whole("version", self.version, 0, 2**31)
         for field in _WEIGHTS:
             number(field, getattr(self, field), 0, 1e6)
         for field in _POSITIVE:

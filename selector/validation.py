@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from selector.errors import InvalidInput
-from selector.interactions import Candidate, Context, Interaction, Measurement, Prediction, Profile
+from selector.interactions import Candidate, Configuration, Context, Interaction, Measurement, Prediction, Profile
 
 LONGEST_NAME = 512
 
@@ -20,17 +20,37 @@ def number(field: str, value: object, low: float = -math.inf, high: float = math
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidInput(field, f"must be a number, is {type(value).__name__}")
-    if not math.isfinite(value):
-        raise InvalidInput(field, f"must be finite, is {value}")
-    if not low <= value <= high:
-        raise InvalidInput(field, f"must be between {low:g} and {high:g}, is {value:g}")
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError as error:
+        raise InvalidInput(field, "must be finite, is an integer that no double can hold") from error
+    if not math.isfinite(found):
+        raise InvalidInput(field, f"must be finite, is {found}")
+    if not low <= found <= high:
+        raise InvalidInput(field, f"must be between {low:g} and {high:g}, is {found:g}")
+    return found
+
+
+def whole(field: str, value: object, low: int, high: int) -> int:
+    """The value if it is an integer in [low, high].
+
+    >>> whole("threads", 4, 1, 64)
+    4
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidInput(field, f"must be an integer, is {type(value).__name__}")
+    number(field, value, low, high)
+    return value
 
 
 def name(field: str, value: object) -> str:
-    """The value as a non-empty string of bounded length."""
+    """The value as a non-empty string of bounded length that can be written as UTF-8."""
     if not isinstance(value, str) or not value or len(value) > LONGEST_NAME:
         raise InvalidInput(field, f"must be a non-empty string of at most {LONGEST_NAME} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(field, "must not hold half of a surrogate pair") from error
     return value
 
 
@@ -51,6 +71,12 @@ def check_context(context: Context) -> None:
                 raise InvalidInput(f"context.features.{key}", f"is longer than {LONGEST_NAME} characters")
         else:
             number(f"context.features.{key}", value)
+
+
+def check_configuration(configuration: Configuration) -> None:
+    """Raise InvalidInput naming the first bound that no device can run within."""
+    for field in ("max_batch", "max_concurrency", "threads"):
+        whole(f"configuration.{field}", getattr(configuration, field), 1, 1_000_000)
 
 
 def check_profiles(profiles: Sequence[Profile]) -> None:
@@ -82,6 +108,8 @@ def check_measurement(measurement: Measurement) -> None:
         value = getattr(measurement, field)
         if value is not None:
             number(f"measurement.{field}", value, 0, 1)
+    if not isinstance(measurement.failed, bool):
+        raise InvalidInput("measurement.failed", "must be true or false")
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> None:
@@ -150,5 +178,9 @@ def check_interaction(interaction: Interaction) -> None:
     if interaction.propensity <= 0:
         raise InvalidInput("propensity", "must be above 0")
     number("reward", interaction.reward, 0, 1)
-    check_prediction(interaction.candidates[interaction.chosen], "candidates[chosen]")
+    chosen = interaction.candidates[interaction.chosen]
+    if not chosen.is_feasible:
+        raise InvalidInput("candidates[chosen].hard_masks", "must be empty: such an action is never taken")
+    check_prediction(chosen, "candidates[chosen]")
+    check_configuration(chosen.action.configuration)
     check_measurement(interaction.measurement)

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from selector.errors import InvalidInput
 from selector.estimators import Estimate, dr_terms, effective_sample_size, fixed_n_within, importance_weights
-from selector.interactions import Interaction
-from selector.validation import check_interaction
+from selector.interactions import Candidate, Interaction
+from selector.policy import SUM_TOLERANCE
+from selector.validation import check_interaction, number
 
 Floats = NDArray[np.float64]
 
@@ -135,8 +137,8 @@ def _read(interactions: Sequence[Interaction]) -> _Log:
         open_ones = [each for each in interaction.candidates if each.is_feasible]
         keys = [each.action.key for each in open_ones]
         columns = [position.setdefault(key, len(position)) for key in keys]
-        qoe_of_row = np.array([each.prediction.qoe for each in open_ones])
-        rows.append((np.array(columns, dtype=np.intp), qoe_of_row, np.array([each.probability for each in open_ones])))
+        qoe_of_row, shares_of_row = _checked(open_ones, keys)
+        rows.append((np.array(columns, dtype=np.intp), qoe_of_row, shares_of_row))
         key = interaction.candidates[interaction.chosen].action.key
         chosen[row] = position.setdefault(key, len(position))
     qoe = np.full((len(interactions), len(position)), np.nan)
@@ -159,6 +161,20 @@ def _read(interactions: Sequence[Interaction]) -> _Log:
         devices=[each.context.device for each in interactions],
         keys=list(position),
     )
+
+
+def _checked(candidates: Sequence[Candidate], keys: Sequence[str]) -> tuple[Floats, Floats]:
+    """Predicted QoE and probability of the feasible candidates of one decision; raises InvalidInput for what no
+    decision can have logged."""
+    if len(set(keys)) != len(keys):
+        raise InvalidInput("candidates", "must not name one action twice")
+    for position, each in enumerate(candidates):
+        number(f"candidates[{position}].prediction.qoe", each.prediction.qoe, -1e6, 1e6)
+        number(f"candidates[{position}].probability", each.probability, 0, 1)
+    shares = np.array([each.probability for each in candidates], dtype=np.float64)
+    if shares.sum() > 1 + SUM_TOLERANCE:
+        raise InvalidInput("candidates", f"must have probabilities that sum to 1, they sum to {shares.sum():g}")
+    return np.array([each.prediction.qoe for each in candidates], dtype=np.float64), shares
 
 
 def _against(

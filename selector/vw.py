@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from selector.errors import CorruptPolicy, InvalidInput, PolicyFailure
 from selector.interactions import Action, Candidate, Configuration, Context, Interaction, Prediction, Variant
 from selector.policy import SUM_TOLERANCE
-from selector.validation import check_candidates, check_context, check_interaction, number
+from selector.validation import check_candidates, check_context, check_interaction, number, whole
 
 Floats = NDArray[np.float64]
 Probes = list[list[float]]
@@ -49,6 +49,8 @@ LARGEST_FEATURE = 10.0
 # Warm examples count a hundredfold each: the weight of the prediction ends at -1 whatever the learning rate.
 TRUST_KEPT = 0.999
 TRUST_PRIOR = 0.1
+# The prior fades; without any residual foretold the share would become 0/0 in the end.
+LEAST_SQUARE = 1e-300
 _WARM_STEPS, _WARM_SHARE = 300, 0.01
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]")
 
@@ -74,10 +76,8 @@ class VwSettings:
         number("gamma", self.gamma, 1.0, 1e9)
         number("epsilon", self.epsilon, 1e-4, 1.0)
         number("l2", self.l2, 0.0, 0.1)
-        for field, low, high in (("bits", 10, 24), ("seed", 0, 2**31 - 1)):
-            if isinstance(getattr(self, field), bool) or not isinstance(getattr(self, field), int):
-                raise InvalidInput(field, "must be an integer")
-            number(field, getattr(self, field), low, high)
+        whole("bits", self.bits, 10, 24)
+        whole("seed", self.seed, 0, 2**31 - 1)
 
     @classmethod
     def parse(cls, arguments: str) -> Self:
@@ -152,7 +152,7 @@ class Trust:
     def learn(self, foretold: float, came: float) -> None:
         """One lease: the residual that was foretold for its action, and the one that came, both in QoE."""
         self.product = TRUST_KEPT * self.product + foretold * came
-        self.square = TRUST_KEPT * self.square + foretold**2
+        self.square = max(TRUST_KEPT * self.square + foretold**2, LEAST_SQUARE)
 
 
 class VowpalWabbitPolicy:
@@ -216,15 +216,19 @@ class VowpalWabbitPolicy:
         """The policy that ``to_bytes`` wrote; checked against its own and, if given, the registered digest
         and probes.
 
-        Raises CorruptPolicy for bytes that are truncated, altered, of another schema, or predict something
-        else.
+        Raises CorruptPolicy for bytes that are truncated, altered, of another schema, hold a model of other settings
+        than they say, or predict something else.
         """
+        if not isinstance(data, bytes):
+            raise CorruptPolicy(f"must be bytes, is {type(data).__name__}")
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:
             raise CorruptPolicy("bytes do not match the registered digest")
         settings, trust, model = _opened(data)
         policy = cls.__new__(cls)
         policy._settings, policy._trust = settings, trust
-        policy._workspace = _loaded(model)
+        policy._workspace = _loaded(model, settings.l2)
+        if _options(policy._workspace) != _options_of(settings.arguments):
+            raise CorruptPolicy("holds a model of other settings than its header says")
         if probes is not None:
             policy.verify(probes)
         return policy
@@ -236,9 +240,12 @@ class VowpalWabbitPolicy:
     def verify(self, probes: Probes) -> None:
         """Raise CorruptPolicy unless the probes come out as they were stored."""
         found = self.probe_vectors()
-        if len(found) != len(probes) or not all(
-            len(one) == len(other) and np.allclose(one, other, rtol=0, atol=PROBE_TOLERANCE)
-            for one, other in zip(found, probes, strict=True)
+        try:
+            stored = [np.array(probe, dtype=np.float64) for probe in probes]
+        except (TypeError, ValueError) as error:
+            raise CorruptPolicy(f"has probes that cannot be read: {error}") from error
+        if [each.shape for each in stored] != [(len(each),) for each in found] or not all(
+            np.allclose(one, other, rtol=0, atol=PROBE_TOLERANCE) for one, other in zip(found, stored, strict=True)
         ):
             raise CorruptPolicy("does not predict its probes")
 
@@ -350,15 +357,26 @@ def _saved(workspace: Any) -> bytes:
             return file.read()
 
 
-def _loaded(model: bytes) -> Any:
+def _loaded(model: bytes, l2: float = 0.0) -> Any:
+    """The model, with all options that it was made with; ``l2`` is the one that it does not keep."""
     with tempfile.TemporaryDirectory(prefix="vw-") as folder:
         path = os.path.join(folder, "model")
         with open(path, "wb") as file:
             file.write(model)
         try:
-            return vowpalwabbit.Workspace(f"--quiet -i {path}")
+            return vowpalwabbit.Workspace(f"--quiet --l2 {l2!r} -i {path}")
         except Exception as error:  # whatever the C++ side throws for bytes that it cannot read
             raise CorruptPolicy(f"model cannot be loaded: {error}") from error
+
+
+def _options(workspace: Any) -> list[str]:
+    """The options of a learner as Vowpal Wabbit understood them, without the file that it was read from."""
+    return [word for word in workspace.get_arguments().split(" --") if not word.startswith("initial_regressor ")]
+
+
+@lru_cache(maxsize=16)
+def _options_of(arguments: str) -> list[str]:
+    return _options(vowpalwabbit.Workspace(arguments))
 
 
 def _canonical(workspace: Any) -> bytes:
@@ -404,8 +422,9 @@ def _opened(data: bytes) -> tuple[VwSettings, Trust, bytes]:
         header = json.loads(line)
         if header["schema"] != FEATURE_SCHEMA:
             raise CorruptPolicy(f"has feature schema {header['schema']}, this code reads {FEATURE_SCHEMA}")
-        sums = {name: number(f"trust.{name}", header["trust"][name], -1e9, 1e9) for name in ("product", "square")}
-        return _settings_from(header["settings"]), Trust(**sums), model
+        product = number("trust.product", header["trust"]["product"], -1e9, 1e9)
+        square = number("trust.square", header["trust"]["square"], LEAST_SQUARE, 1e9)
+        return _settings_from(header["settings"]), Trust(product, square), model
     except (ValueError, KeyError, TypeError, InvalidInput) as error:
         raise CorruptPolicy(f"header cannot be read: {error!r}") from error
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from selector.baselines import PredictionPolicy
 from selector.calibration import Calibration
 from selector.errors import CorruptPolicy, InvalidInput, NoFeasibleAction, PolicyFailure
-from selector.interactions import Interaction, Profile
+from selector.interactions import Interaction, Measurement, Profile
 from selector.ranking import Exploration
 from selector.stored import Stored
 from selector.vw import VwSettings
@@ -29,10 +29,11 @@ NOT_NUMBERS: st.SearchStrategy[Any] = st.sampled_from([None, "", "1", True, [], 
 BELOW_ZERO = st.floats(max_value=-1e-9, allow_infinity=False)
 ABOVE_ONE = st.floats(min_value=1.000001, allow_infinity=False)
 HUGE = st.floats(min_value=1e19, allow_infinity=False)
-NO_NUMBER = NOT_FINITE | NOT_NUMBERS
+NO_DOUBLE = st.sampled_from([10**400, -(10**400)])
+NO_NUMBER = NOT_FINITE | NOT_NUMBERS | NO_DOUBLE
 NO_AMOUNT = NO_NUMBER | BELOW_ZERO | HUGE
 NO_SHARE = NO_NUMBER | BELOW_ZERO | ABOVE_ONE
-NO_NAME: st.SearchStrategy[Any] = st.sampled_from(["", None, 7, "x" * 513, b"name"])
+NO_NAME: st.SearchStrategy[Any] = st.sampled_from(["", None, 7, "x" * 513, b"name", "half \ud800"])
 LENGTHS = st.sampled_from(["", "x" * 513])
 TELEMETRY = st.dictionaries(st.sampled_from(["load", "new"]), NOT_FINITE | st.none() | st.booleans(), min_size=1)
 
@@ -49,7 +50,7 @@ CONTEXT: dict[str, st.SearchStrategy[Any]] = {
     "features": TELEMETRY,
 }
 # A prediction is ours, so a truth value in it counts as the number that it is.
-SPOILT: st.SearchStrategy[Any] = NOT_FINITE | BELOW_ZERO | st.sampled_from([None, "", "1", []])
+SPOILT: st.SearchStrategy[Any] = NOT_FINITE | NO_DOUBLE | BELOW_ZERO | st.sampled_from([None, "", "1", []])
 PREDICTION: dict[str, st.SearchStrategy[Any]] = {
     "qoe": NOT_FINITE | st.none(),
     "slo_hit_share": SPOILT | ABOVE_ONE,
@@ -61,17 +62,32 @@ PREDICTION: dict[str, st.SearchStrategy[Any]] = {
 }
 MEASUREMENT: dict[str, st.SearchStrategy[Any]] = {
     "requests": NO_AMOUNT,
+    "failed": st.sampled_from(["no", None, 0, 1]),
     "errors": NO_AMOUNT,
     "download_bytes": NO_AMOUNT,
     "slo_hit_share": NOT_FINITE | BELOW_ZERO | ABOVE_ONE,
     "rating": NOT_FINITE | BELOW_ZERO | ABOVE_ONE,
     "p95_ms": NOT_FINITE | BELOW_ZERO | HUGE,
 }
+NO_BOUND = NO_NUMBER | st.integers(max_value=0) | st.sampled_from([0.0, 1.5, 4.0, -2.5, 10**7])
+CONFIGURATION: dict[str, st.SearchStrategy[Any]] = {
+    "max_batch": NO_BOUND,
+    "max_concurrency": NO_BOUND,
+    "threads": NO_BOUND,
+}
+CHOSEN: dict[str, st.SearchStrategy[Any]] = {"hard_masks": st.just(("memory",))}
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "propensity": NO_SHARE | st.just(0.0),
     "reward": NO_SHARE,
     "chosen": st.integers(2, 10**9) | st.integers(-(10**9), -1) | NO_NUMBER,
     "decision_id": NO_NAME,
+}
+PARTS = {
+    "context": CONTEXT,
+    "prediction": PREDICTION,
+    "measurement": MEASUREMENT,
+    "configuration": CONFIGURATION,
+    "chosen": CHOSEN,
 }
 
 
@@ -85,10 +101,8 @@ def bad_interactions(draw: st.DrawFn) -> tuple[Interaction, str]:
     """An interaction with one fault, and the name of what is wrong."""
     good = interaction()
     first, second = good.candidates
-    part = draw(st.sampled_from(["context", "prediction", "measurement", *FIELDS]))
-    field, value = draw(
-        one_of({"context": CONTEXT, "prediction": PREDICTION, "measurement": MEASUREMENT}.get(part, FIELDS))
-    )
+    part = draw(st.sampled_from([*PARTS, *FIELDS]))
+    field, value = draw(one_of(PARTS.get(part, FIELDS)))
     changes: dict[str, Any] = {field: value}
     if part == "context":
         changes = {"context": context(**changes)}
@@ -96,6 +110,11 @@ def bad_interactions(draw: st.DrawFn) -> tuple[Interaction, str]:
         changes = {"candidates": (replace(first, prediction=replace(first.prediction, **changes)), second)}
     elif part == "measurement":
         changes = {"measurement": replace(good.measurement, **changes)}
+    elif part == "configuration":
+        bounds = replace(first.action.configuration, **changes)
+        changes = {"candidates": (replace(first, action=replace(first.action, configuration=bounds)), second)}
+    elif part == "chosen":
+        changes = {"candidates": (replace(first, **changes), second)}
     elif field == "propensity":
         changes = {"candidates": (replace(first, probability=value), second)}
     return replace(good, **changes), field
@@ -150,6 +169,30 @@ def test_no_policy_learns_from_or_answers_what_is_bad(which: str) -> None:
     answering_refuses()
     assert policy.to_bytes() == before
     assert policy.probabilities(context(), candidates(0.7, 0.6, 0.5)).tolist() == answer
+
+
+@QUICK
+@given(st.data())
+def test_calibration_learns_nothing_from_what_is_bad_and_keeps_rows_that_can_be_loaded(data: st.DataObject) -> None:
+    """Also not from the baseline, which the standing reads and nobody chose."""
+    calibration = Calibration()
+    raw = {"raw_a_ms": 4.0, "raw_b_ms": 2.0, "raw_cpu_ms": 6.0, "source": "device"}
+    first, second = (replace(each, prediction=replace(each.prediction, **raw)) for each in candidates(0.7, 0.6))
+    measured = Measurement(requests=100, p50_ms=9.0, p95_ms=15.0, service_ms=8.0, cpu_ms_per_request=5.0)
+    good = interaction(context=context(baseline=second.action.key), candidates=(first, second), measurement=measured)
+    calibration.update(good)
+    before = calibration.rows()
+    part = data.draw(st.sampled_from(["chosen", "baseline"]))
+    field, value = data.draw(one_of(CONFIGURATION if part == "chosen" else PREDICTION))
+    if part == "chosen":
+        bounds = replace(first.action.configuration, **{field: value})
+        spoilt = replace(first, action=replace(first.action, configuration=bounds)), second
+    else:
+        spoilt = first, replace(second, prediction=replace(second.prediction, **{field: value}))
+    with pytest.raises(InvalidInput, match=field):
+        calibration.update(replace(good, candidates=spoilt))
+    assert calibration.rows() == before
+    assert Calibration.from_rows(calibration.rows()).rows() == before
 
 
 BAD_PROFILE: dict[str, st.SearchStrategy[Any]] = {

@@ -102,7 +102,7 @@ def test_the_standing_survives_as_json_rows() -> None:
 
 @pytest.mark.parametrize(
     "features",
-    [{"network": "metered"}, {"battery": 0.1}, {"battery": 0.1, "charging": 0.0}],
+    [{"network": "metered"}, {"battery": 0.1}, {"battery": 0}, {"battery": 0.1, "charging": 0.0}],
 )
 def test_nothing_is_pushed_over_a_metered_network_or_on_a_low_battery(features: dict[str, float | str]) -> None:
     where = situation(features=features, incumbent=BASELINE)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from selector.actions import action_table
-from selector.calibration import Calibration, scopes_of
+from selector.calibration import LARGEST_EFFECT, LEAST_MEASURED_MS, Calibration, scopes_of
+from selector.effects import QUANTITIES
 from selector.errors import InvalidInput
 from selector.interactions import Context, Interaction, Measurement, Profile
 from selector.latency import LatencyModel, Predicted
@@ -231,12 +232,43 @@ def test_absurd_but_valid_measurements_leave_finite_predictions() -> None:
         {"fleet": {"revision": 1, "service": {"overall:own": [0.1]}}},
         {"fleet": {"revision": 1, "service": {"overall:own": [0.1, -1.0]}}},
         {"fleet": {"revision": 1, "service": "x"}},
+        {"fleet": {"revision": 1, "service": {"overall:own": [100.0, 0.1]}}},
+        {"fleet": {"revision": 1, "service": {"overall:own": [0.1, 100.0]}}},
+        {"fleet": {"revision": 1, "surprise": "x"}},
+        {"fleet": {"revision": 1, "standing": [-5.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]}},
+        {"fleet": {"revision": 1, "standing": [0.0, 0.0, 0.0, -9.0, 0.0, 0.0, 0.0]}},
+        {"fleet": {"revision": 1, "standing": [0.0, 0.0, 0.0, 0.0, 0.0, -9.0, 0.0]}},
         {"fleet": 3},
+        {7: {"revision": 1}},
     ],
 )
 def test_damaged_rows_are_refused(rows: Mapping[str, Any]) -> None:
     with pytest.raises(InvalidInput):
         Calibration.from_rows(rows)
+
+
+def test_the_most_that_rows_may_hold_still_predicts_and_learns() -> None:
+    names = ("overall:own", "precision:own:fp32", *(f"variant:own:{each.variant.digest[:12]}" for each in ACTIONS))
+    names += ("batch:1", "batch:4", "callers:1", "callers:2", "threads:1")
+    most = {name: [LARGEST_EFFECT, LARGEST_EFFECT] for name in names}
+    row = {"revision": 1, **dict.fromkeys(QUANTITIES, most)}
+    calibration = Calibration.from_rows(dict.fromkeys(scopes_of(context()), row))
+    entry = replace(lease(Calibration(), context(), 1), measurement=Measurement(requests=9, p50_ms=1.0, p95_ms=2.0))
+    with np.errstate(over="raise", invalid="raise"):
+        assert np.isfinite(predict(calibration, context()).p95_ms).all()
+        calibration.update(entry)
+    learnt = calibration.rows()
+    assert Calibration.from_rows(learnt).rows() == learnt
+
+
+def test_learning_leads_to_no_effect_that_rows_may_not_hold() -> None:
+    calibration = Calibration()
+    entries = [lease(calibration, context(), number) for number in range(40)]
+    for number, entry in enumerate(entries * 5):
+        far = 1e12 if entry.chosen % 2 == (number > 100) else LEAST_MEASURED_MS
+        extreme = replace(entry.measurement, service_ms=far, p95_ms=far, cpu_ms_per_request=far, requests=10**9)
+        calibration.update(replace(entry, measurement=extreme))
+    assert Calibration.from_rows(calibration.rows()).rows() == calibration.rows()
 
 
 def one_ms(some: tuple[Profile, ...], threads: int = 1) -> tuple[float, float, str]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from selector.interactions import Interaction, Measurement
+from selector.errors import InvalidInput
+from selector.interactions import Candidate, Interaction, Measurement
 from selector.policy import sample, seed_of
 from selector.verdict import Verdict, best_fixed_action, verdict
 from tests.selector.builders import action, candidate, context
@@ -98,6 +102,26 @@ def test_without_evidence_nothing_is_claimed(entries: list[Interaction], reason:
     found: Verdict = verdict(entries)
     assert reason in found.reason
     assert found.lift_over_uniform is None
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "field"),
+    [
+        ((candidate(0, 0.5, 0.8), candidate(1, 0.5, math.nan)), "probability"),
+        ((candidate(0, 0.5, 0.8), candidate(1, 0.5, -0.1)), "probability"),
+        ((candidate(0, 0.5, 0.8), candidate(1, 0.5, None)), "probability"),
+        ((candidate(0, 0.5, 0.8), candidate(1, 0.5, 0.9)), "probabilities"),
+        ((candidate(0, 0.5, 0.8), candidate(1, math.nan, 0.2)), "qoe"),
+        ((candidate(0, 0.5, 0.5), candidate(1, 0.5, 0.2), candidate(1, 0.5, 0.2)), "twice"),
+        ((candidate(0, 0.5, 0.8, hard_masks=("memory",)), candidate(1, 0.5, 0.2)), "hard_masks"),
+    ],
+)
+def test_a_decision_that_cannot_have_been_logged_is_refused(spoilt: tuple[Candidate, ...], field: str) -> None:
+    entries = log(devices=4)
+    bad = next(index for index, each in enumerate(entries) if each.chosen == 0)
+    entries[bad] = replace(entries[bad], candidates=spoilt)
+    with pytest.raises(InvalidInput, match=field):
+        verdict(entries)
 
 
 def test_only_actions_that_nearly_all_decisions_allow_can_be_the_best_fixed() -> None:

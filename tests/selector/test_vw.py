@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import vowpalwabbit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selector.errors import CorruptPolicy, InvalidInput
-from selector.vw import VowpalWabbitPolicy, VwSettings, escaped
+from selector.vw import MAGIC, VowpalWabbitPolicy, VwSettings, escaped
 from tests.selector.builders import candidate, candidates, context, interaction, prediction
 
 NASTY = ["a|b", "x:1e9", "name with space", "line\nbreak", "é", "1", "|", ":", "0:0:1", "", "a_7c_b", "\x00", "'", "#"]
@@ -130,6 +135,65 @@ def test_probes_and_digest_are_checked_at_loading() -> None:
         VowpalWabbitPolicy.from_bytes(data, probes=wrong)
     with pytest.raises(CorruptPolicy):
         VowpalWabbitPolicy.from_bytes(data, probes=probes[:1])
+
+
+def with_right_digest(data: bytes, model: bytes | None = None, **header: Any) -> bytes:
+    """Policy bytes with another model, or other parts of the header, under a digest that is right."""
+    line, _, own_model = data[len(MAGIC) :].partition(b"\n")[2].partition(b"\n")
+    body = json.dumps({**json.loads(line), **header}, sort_keys=True).encode() + b"\n" + (model or own_model)
+    return MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def model_of(arguments: str, folder: Path) -> bytes:
+    workspace = vowpalwabbit.Workspace(f"--quiet {arguments}")
+    workspace.save(str(folder / "model"))
+    return (folder / "model").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"gamma": 1.0}, {"epsilon": 1.0}, {"learning_rate": 0.5}, {"bits": 12}, {"seed": 9}],
+)
+def test_a_model_under_the_header_of_other_settings_is_refused(other: dict[str, Any]) -> None:
+    data = VowpalWabbitPolicy().to_bytes()
+    assert VowpalWabbitPolicy.from_bytes(with_right_digest(data)).to_bytes() == data
+    with pytest.raises(CorruptPolicy):
+        VowpalWabbitPolicy.from_bytes(with_right_digest(data, settings={**asdict(VwSettings()), **other}))
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--cb_explore_adf --cb_type mtr --bag 5 --noconstant", "", "--cb_explore_adf --squarecb"]
+)
+def test_a_model_of_another_learner_is_refused(arguments: str, tmp_path: Path) -> None:
+    data = with_right_digest(VowpalWabbitPolicy().to_bytes(), model=model_of(arguments, tmp_path))
+    with pytest.raises(CorruptPolicy):
+        VowpalWabbitPolicy.from_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "trust", [{"product": 0.1, "square": 0}, {"product": 0.1, "square": -1.0}, {"product": 0.1}, {}, [], None, 3]
+)
+def test_a_trust_that_no_learning_leads_to_is_refused(trust: Any) -> None:
+    with pytest.raises(CorruptPolicy):
+        VowpalWabbitPolicy.from_bytes(with_right_digest(VowpalWabbitPolicy().to_bytes(), trust=trust))
+
+
+@pytest.mark.parametrize("data", [None, "text", 7, b"", b"\n", []])
+def test_what_are_no_bytes_of_a_policy_are_refused(data: Any) -> None:
+    with pytest.raises(CorruptPolicy):
+        VowpalWabbitPolicy.from_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "probes",
+    [3, "x", [], [1, 2], [["a"] * 4] * 2, [[None] * 4] * 2, [[0.25] * 4] * 3, [[math.nan] * 4] * 2, {"a": 1, "b": 2},
+     [[[0.25]] * 4] * 2],
+)  # fmt: skip
+def test_what_are_no_probes_are_refused(probes: Any) -> None:
+    with pytest.raises(CorruptPolicy):
+        VowpalWabbitPolicy().verify(probes)
+    with pytest.raises(CorruptPolicy):
+        VowpalWabbitPolicy().verify(None)  # type: ignore[arg-type]  # what a damaged registry may hold
 
 
 @pytest.mark.parametrize(
