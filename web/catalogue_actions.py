@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from qoe_service.catalogue import jobs, retirement, tasks, uploads
+from qoe_service.catalogue import jobs, retirement, roles, tasks, uploads
 from qoe_service.catalogue.models import Application
 from qoe_service.catalogue.passes import chains
 from qoe_service.decisions import policies
@@ -25,11 +26,13 @@ class Wanted:
     passes: str = ""
 
 
-def perform(verb: str, wanted: Wanted) -> str:
-    """Do it, and say what was done. Raises ServiceError."""
+def perform(verb: str, wanted: Wanted, user: Any) -> str:
+    """Do it, and say what was done. Raises ServiceError, NotPermitted where ``user`` lacks the permission for it."""
     if verb not in _VERBS:
         raise InvalidInput(f"there are {', '.join(_VERBS)}", field="do")
-    return _VERBS[verb](wanted)
+    permission, do = _VERBS[verb]
+    roles.require(user, permission)
+    return do(wanted)
 
 
 def _retire(wanted: Wanted) -> str:
@@ -92,13 +95,13 @@ def _number(text: str) -> int:
     return int(text)
 
 
-_VERBS: dict[str, Callable[[Wanted], str]] = {
-    "retire": _retire,
-    "restore": _restore,
-    "ban": _ban,
-    "lift": _lift,
-    "compress": _compress,
-    "cancel-job": _cancel_job,
-    "run-again": _run_again,
-    "cancel-upload": _cancel_upload,
+_VERBS: dict[str, tuple[str, Callable[[Wanted], str]]] = {
+    "retire": (roles.RETIRE, _retire),
+    "restore": (roles.RETIRE, _restore),
+    "ban": (roles.BAN, _ban),
+    "lift": (roles.BAN, _lift),
+    "compress": (roles.UPLOAD, _compress),
+    "cancel-job": (roles.UPLOAD, _cancel_job),
+    "run-again": (roles.UPLOAD, _run_again),
+    "cancel-upload": (roles.UPLOAD, _cancel_upload),
 }

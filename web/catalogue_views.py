@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 
 from django.contrib import messages
+from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.shortcuts import get_object_or_404
 from django.utils import timezone
 from django.views.decorators.http import require_http_methods, require_safe
 
+from qoe_service.catalogue import roles
 from qoe_service.catalogue.models import Application
-from qoe_service.errors import ServiceError
+from qoe_service.errors import NotPermitted, ServiceError
 from web import catalogue_actions, catalogue_chart, catalogue_rows
 from web.pages import console_page, live_page, tagged
 
@@ -32,6 +34,7 @@ def catalogue(request: HttpRequest, name: str) -> HttpResponse:
         "classes": classes,
         "device_class": _device_class(request, classes),
         "passes": catalogue_rows.passes(),
+        "may": roles.held_by(request.user),
         "family": catalogue_rows.family(application=application, device_class=_device_class(request, classes), now=now),
     }
     return live_page(request, "catalogue", context)
@@ -62,6 +65,8 @@ def _act(request: HttpRequest, application: Application) -> None:
         passes=request.POST.get("passes", ""),
     )
     try:
-        messages.success(request, catalogue_actions.perform(verb, wanted))
+        messages.success(request, catalogue_actions.perform(verb, wanted, request.user))
+    except NotPermitted as error:
+        raise PermissionDenied(error.detail) from None
     except ServiceError as error:
         messages.error(request, error.detail)

@@ -17,7 +17,7 @@ from ninja.security import SessionAuth
 from pydantic import Field
 
 from device_agents.wire import Name
-from qoe_service.catalogue import applications, jobs, retirement, tasks, uploads
+from qoe_service.catalogue import applications, jobs, retirement, roles, tasks, uploads
 from qoe_service.catalogue.models import Job, Upload
 from qoe_service.catalogue.passes import FAMILY, PASSES, WHOLE_FAMILY, chains
 from qoe_service.errors import Conflict, InvalidInput
@@ -126,6 +126,7 @@ def list_passes(request: HttpRequest) -> PassesOut:
 @router.post("/applications/{name}/uploads", response={201: UploadOut})
 def begin_upload(request: HttpRequest, name: Name, body: UploadIn) -> Status[UploadOut]:
     """Announce a file; its parts follow by PUT."""
+    roles.require(request.user, roles.UPLOAD)
     upload = uploads.begin(
         application=applications.get(name), actor=_actor(request), now=timezone.now(), **body.model_dump()
     )
@@ -150,6 +151,7 @@ def continue_upload(
     request: HttpRequest, upload_id: Id, content_range: Annotated[str, Header(alias="Content-Range")]
 ) -> UploadOut:
     """The next part as the raw body; ``Content-Range: bytes FIRST-LAST/TOTAL`` says which."""
+    roles.require(request.user, roles.UPLOAD)
     first, total = _range(content_range, len(request.body))
     upload = uploads.append(
         upload=uploads.get(upload_id), offset=first, total_bytes=total, part=request.body, now=timezone.now()
@@ -162,6 +164,7 @@ def continue_upload(
 @router.delete("/uploads/{upload_id}", response=UploadOut)
 def cancel_upload(request: HttpRequest, upload_id: Id) -> UploadOut:
     """Stop sending, or stop the import. What was sent goes away."""
+    roles.require(request.user, roles.UPLOAD)
     if not uploads.cancel(upload_id=upload_id, now=timezone.now()):
         raise Conflict("the upload has ended already", field="upload")
     return UploadOut.of(uploads.get(upload_id))
@@ -183,6 +186,7 @@ def read_job(request: HttpRequest, job_id: int) -> JobOut:
 @router.post("/jobs/{job_id}/cancel", response=JobOut)
 def cancel_job(request: HttpRequest, job_id: int) -> JobOut:
     """Stop a job, and those that wait for it; a running one ends within two seconds."""
+    roles.require(request.user, roles.UPLOAD)
     if not jobs.cancel(job_id=job_id, now=timezone.now(), actor=_actor(request)):
         raise Conflict(f"job {job_id} has ended already", field="job")
     return JobOut.of(jobs.get(job_id))
@@ -191,6 +195,7 @@ def cancel_job(request: HttpRequest, job_id: int) -> JobOut:
 @router.post("/jobs/{job_id}/run-again", response=JobOut)
 def run_job_again(request: HttpRequest, job_id: int) -> JobOut:
     """Queue a job that ended without a result once more; the answer has a new id."""
+    roles.require(request.user, roles.UPLOAD)
     job = jobs.run_again(job_id=job_id, now=timezone.now())
     tasks.wake_workers()
     return JobOut.of(job)
@@ -199,6 +204,7 @@ def run_job_again(request: HttpRequest, job_id: int) -> JobOut:
 @router.post("/applications/{name}/variants/{variant}/passes", response=list[JobOut])
 def ask_for_passes(request: HttpRequest, name: Name, variant: VariantName, body: PassesIn) -> list[JobOut]:
     """Queue passes over a variant. Asking for what is there, or under way, changes nothing."""
+    roles.require(request.user, roles.UPLOAD)
     base = retirement.get(applications.get(name), variant)
     queued = jobs.queue_chains(base=base, chains=chains(body.passes), now=timezone.now())
     tasks.wake_workers()
@@ -208,6 +214,7 @@ def ask_for_passes(request: HttpRequest, name: Name, variant: VariantName, body:
 @router.post("/applications/{name}/variants/{variant}/retire", response={204: None})
 def retire_variant(request: HttpRequest, name: Name, variant: VariantName) -> Status[None]:
     """Choose a variant no more."""
+    roles.require(request.user, roles.RETIRE)
     found = retirement.get(applications.get(name), variant)
     retirement.retire(variant=found, actor=_actor(request), now=timezone.now())
     return Status(204, None)
@@ -216,6 +223,7 @@ def retire_variant(request: HttpRequest, name: Name, variant: VariantName) -> St
 @router.post("/applications/{name}/variants/{variant}/restore", response={204: None})
 def restore_variant(request: HttpRequest, name: Name, variant: VariantName) -> Status[None]:
     """Let a retired variant be chosen again."""
+    roles.require(request.user, roles.RETIRE)
     found = retirement.get(applications.get(name), variant)
     retirement.restore(variant=found, actor=_actor(request), now=timezone.now())
     return Status(204, None)

@@ -18,6 +18,21 @@ class Artifact(models.Model):
         return self.digest[:12]
 
 
+class Piece(models.Model):
+    """Bytes of ``whole`` from ``offset`` on that lie in ``stored`` from ``start`` on: weights that variants share, and
+    what is left of a file without them. An artifact with pieces has no file of its own."""
+
+    whole = models.ForeignKey(Artifact, on_delete=models.CASCADE, related_name="pieces")
+    stored = models.ForeignKey(Artifact, on_delete=models.PROTECT, related_name="+")
+    offset = models.PositiveBigIntegerField()
+    start = models.PositiveBigIntegerField(default=0)
+    size_bytes = models.PositiveBigIntegerField()
+
+    class Meta:
+        ordering = ("offset",)
+        constraints = [models.UniqueConstraint(fields=("whole", "offset"), name="one_piece_per_offset")]
+
+
 class Application(models.Model):
     """An inference task with an SLO, a QoE definition, and rules for its leases."""
 
@@ -50,6 +65,11 @@ class Application(models.Model):
 
     class Meta:
         ordering = ("name",)
+        permissions = (
+            ("upload_models", "May hand in files, and queue and stop passes"),
+            ("retire_variants", "May retire and restore variants"),
+            ("ban_variants", "May ban variants and lift bans"),
+        )
         constraints = [models.CheckConstraint(condition=Q(slo_p95_ms__gt=0), name="application_slo_is_positive")]
 
     def __str__(self) -> str:

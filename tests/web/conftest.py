@@ -19,7 +19,7 @@ PASSWORD = "correct horse battery staple"
 def operator(db: None) -> Client:
     """A client that has logged in."""
     client = Client()
-    client.force_login(get_user_model().objects.create_user("ada", password=PASSWORD))
+    client.force_login(get_user_model().objects.create_superuser("ada", password=PASSWORD))
     return client
 
 

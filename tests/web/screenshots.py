@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
     databases = setup_databases(verbosity=0, interactive=False)
     StaticLiveServerTestCase.setUpClass()
     try:
-        get_user_model().objects.create_user("operator", password=PASSWORD)
+        get_user_model().objects.create_superuser("operator", password=PASSWORD)
         seed_fleet(now=timezone.now(), leases=60)
         with open_browser(shutil.which("chromium") or "chromium") as browser:
             take(browser, StaticLiveServerTestCase.live_server_url, folder)

@@ -36,7 +36,7 @@ def console(django_db_setup: None, django_db_blocker: DjangoDbBlocker) -> Iterat
         server = LiveServer("127.0.0.1")
         try:
             client = Client()
-            client.force_login(get_user_model().objects.create_user("ada", password=PASSWORD))
+            client.force_login(get_user_model().objects.create_superuser("ada", password=PASSWORD))
             seed_fleet(now=timezone.now(), leases=6)
             yield Session(str(server.url), client.cookies["sessionid"].value)
         finally:

@@ -43,7 +43,9 @@ def sender(transport: Flaky) -> Sender:
         for upload_id in uploads.runnable(now=timezone.now()):
             uploads.run(upload_id=upload_id, clock=timezone.now)
 
-    get_user_model().objects.get_or_create(username="ada", defaults={"password": "md5$salt$" + "0" * 32})
+    get_user_model().objects.get_or_create(
+        username="ada", defaults={"password": "md5$salt$" + "0" * 32, "is_superuser": True}
+    )
     user = get_user_model().objects.get(username="ada")
     user.set_password("secret")
     user.save()

@@ -32,7 +32,7 @@ def application(tmp_path: Path) -> Application:
 @pytest.fixture
 def operator() -> Client:
     client = Client()
-    client.force_login(User.objects.create(username="ada"))
+    client.force_login(User.objects.create_superuser("ada"))
     return client
 
 
@@ -152,7 +152,7 @@ def test_uploads_are_for_operators(application: Application) -> None:
         answer = Client(headers=headers).post(URL, {"file_name": "m.onnx", "size_bytes": 1}, "application/json")
         assert answer.status_code == 401
     strict = Client(enforce_csrf_checks=True)
-    strict.force_login(User.objects.create(username="bob"))
+    strict.force_login(User.objects.create_superuser("bob"))
     assert strict.post(URL, {"file_name": "m.onnx", "size_bytes": 1}, "application/json").status_code == 403
 
 
