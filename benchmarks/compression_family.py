@@ -65,8 +65,11 @@ def measure(folder: Path, model: Path, data: Path) -> dict[str, Any]:
     steps = _run_workers(folder)
     seconds = time.monotonic() - started
     states = {str(state): Job.objects.filter(state=state).count() for state in Job.State}
+    whole, stored = _bytes(Variant)
     return {
         "family_seconds": round(seconds, 1),
+        "family_bytes": whole,
+        "family_stored_bytes": stored,
         "model_bytes": model.stat().st_size,
         "variants": Variant.objects.count(),
         "measured": Variant.objects.filter(profiles__device=None).distinct().count(),
@@ -74,6 +77,18 @@ def measure(folder: Path, model: Path, data: Path) -> dict[str, Any]:
         "progress_steps": steps,
         "cancel_seconds": _cancel_seconds(folder, base, jobs, Job),
     }
+
+
+def _bytes(variants: Any) -> tuple[int, int]:
+    """What all variants have as files of their own, and what they take where equal weights are kept once."""
+    from qoe_service.catalogue.models import Piece  # noqa: PLC0415 - after set_up
+
+    whole, pieces = 0, set[tuple[str, int]]()
+    for digest, size in variants.objects.values_list("artifact", "artifact__size_bytes"):
+        whole += size
+        found = Piece.objects.filter(whole=digest).values_list("stored", "stored__size_bytes")
+        pieces |= set(found) or {(digest, size)}
+    return whole, sum(size for _, size in pieces)
 
 
 def _run_workers(folder: Path) -> int:

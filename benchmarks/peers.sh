@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs the inference servers that `python -m benchmarks.serving` compares with, each into an environment of its own
-# under .venv-peers/ (kept between runs). A peer that does not install is named, and the others go on.
+# Installs what benchmarks compare with, each into an environment of its own under .venv-peers/ (kept between runs):
+# inference servers for `python -m benchmarks.serving`, Olive for `python -m benchmarks.compression`.
+# A peer that does not install is named, and the others go on.
 #   benchmarks/peers.sh [NAME...]        default: all
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -12,11 +13,12 @@ declare -A PACKAGES=(
   [bentoml]="bentoml"
   [litserve]="litserve"
   [kserve]="kserve"
+  [olive]="olive-ai torch==2.13.0 requests"
 )
 
 failed=()
 for name in "${@:-${!PACKAGES[@]}}"; do
-  if [ $# -eq 0 ]; then for each in mlserver bentoml litserve kserve; do "$0" "$each" || failed+=("$each"); done; break; fi
+  if [ $# -eq 0 ]; then for each in mlserver bentoml litserve kserve olive; do "$0" "$each" || failed+=("$each"); done; break; fi
   folder=.venv-peers/$name
   [ -n "${PACKAGES[$name]:-}" ] || { echo "unknown peer $name"; failed+=("$name"); continue; }
   [ -e "$folder/.installed" ] && { echo "$name: already installed"; continue; }

@@ -26,6 +26,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
+from device_agents.containers import open_session
+
 Array = NDArray[Any]
 
 SHORT_MS = 0.5
@@ -102,7 +104,7 @@ class Session:
     def __init__(self, path: Path, *, threads: int, quota: EmulatedQuota | None = None) -> None:
         started_s = time.monotonic()
         try:
-            self._session = ort.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+            self._session = open_session(path, _options(threads))
         except Exception as error:
             raise AttemptFailed(f"cannot be loaded: {_first_line(error)}", outcome=Outcome.INCOMPATIBLE) from error
         self.threads = threads

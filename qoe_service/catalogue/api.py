@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 
+from asgiref.sync import sync_to_async
 from django.http import HttpRequest, StreamingHttpResponse
 from ninja import Router, Schema
 from ninja.security import SessionAuth
@@ -97,7 +97,7 @@ def export(request: HttpRequest, name: Name, format: str = "zip") -> StreamingHt
 
 async def _unhurried(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
     # given a plain iterator, Django would hold the whole of it in memory
-    while chunk := await asyncio.to_thread(next, chunks, b""):
+    while chunk := await sync_to_async(lambda: next(chunks, b""))():
         yield chunk
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from django.apps import apps
 from django.conf import settings
@@ -37,6 +37,7 @@ def collect(*, now: datetime, is_dry_run: bool = False) -> list[Collected]:
     before = now - timedelta(seconds=settings.ARTIFACT_KEEP_S)
     return [
         *_unreferenced_artifacts(before, is_dry_run),
+        *([] if is_dry_run else _unreferenced_artifacts(before, is_dry_run)),  # pieces that only those held
         *_files_without_row(before, is_dry_run),
         *_leftover_parts(before, is_dry_run),
     ]
@@ -48,7 +49,7 @@ def references() -> Iterator[str]:
         for field in model._meta.concrete_fields:
             if model is Artifact:
                 continue
-            is_reference = isinstance(field, models.ForeignKey) and field.related_model is Artifact
+            is_reference = _is_reference(field)
             is_named = isinstance(field, models.CharField) and field.name.endswith("digest")
             if is_reference or is_named:
                 found = model._default_manager.exclude(**{field.attname: None}).order_by().values_list(field.attname)
@@ -56,6 +57,13 @@ def references() -> Iterator[str]:
             elif isinstance(field, models.JSONField) and field.name.endswith("digests"):
                 for (digests,) in model._default_manager.values_list(field.attname).iterator(BATCH):
                     yield from (each for each in digests or () if isinstance(each, str))
+
+
+def _is_reference(field: models.Field[Any, Any]) -> bool:
+    """Whether it keeps an artifact: a row that goes with its artifact, as the pieces of a whole do, does not."""
+    if not isinstance(field, models.ForeignKey) or field.related_model is not Artifact:
+        return False
+    return field.remote_field.on_delete is not models.CASCADE
 
 
 def _unreferenced_artifacts(before: datetime, is_dry_run: bool) -> Iterator[Collected]:

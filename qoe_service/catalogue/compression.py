@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from datetime import datetime
 
 from django.db import transaction
 
-from qoe_service.catalogue import artifacts, datasets, evaluation, jobs, profiles, sandbox
+from qoe_service.catalogue import artifacts, datasets, evaluation, jobs, profiles, samples, sandbox
 from qoe_service.catalogue.models import Artifact, Job, Variant
 from qoe_service.catalogue.passes import PASSES
 
-__all__ = ["MODEL", "PASSES", "derive", "refine_accuracy", "run"]
+__all__ = ["MODEL", "PASSES", "derive", "rebuilt", "refine_accuracy", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ def run(*, job_id: int, clock: Callable[[], datetime]) -> Job | None:
     try:
         if job.compression_pass == jobs.ACCURACY:
             variant = refine_accuracy(job=job, watch=watch)
+        elif job.compression_pass == jobs.SAMPLES:
+            variant = samples.make(job=job, watch=watch, clock=clock)
         else:
             variant = derive(job=job, watch=watch, clock=clock)
             profiles.measure_on_server(variant=variant, watch=watch, now=clock())
@@ -59,11 +62,30 @@ def derive(*, job: Job, watch: sandbox.Watch, clock: Callable[[], datetime]) -> 
         evaluation.add_reference(box, job.application)
         measured = evaluation.measure(box, request, watch=watch)
         with box.open(DERIVED) as derived:
-            artifact = artifacts.store(derived, now=clock())
+            artifact = artifacts.store(derived, now=clock(), weights=measured.weights)
     with transaction.atomic():
         if not jobs.beat(job=job, progress=0.8, now=clock()):
             raise sandbox.Cancelled
         return _keep(job, artifact, measured, clock())
+
+
+def rebuilt(*, variant: Variant) -> str:
+    """The digest of what a variant's provenance makes today: the variant's own, unless libraries or processor differ.
+
+    Raises sandbox.Refused where it was not made here, or the data it was calibrated on is not at hand.
+    """
+    made = variant.provenance
+    if variant.base is None or "method" not in made:
+        raise sandbox.Refused(f"{variant.name} was handed in, not derived")
+    request = {"command": "compress", "pass": made["method"], "parameters": made["parameters"], "samples": 1}
+    with sandbox.opened() as box:
+        box.add(MODEL, artifacts.open_for_reading(made["base_digest"]))
+        datasets.add_to(box, variant.application)
+        measured = evaluation.measure(box, request)
+        if measured.provenance["calibration_digest"] != made["calibration_digest"]:
+            raise sandbox.Refused(f"{variant.name} was calibrated on other data than the application has now")
+        with box.open(DERIVED) as derived:
+            return hashlib.file_digest(derived, "sha256").hexdigest()
 
 
 def refine_accuracy(*, job: Job, watch: sandbox.Watch) -> Variant:

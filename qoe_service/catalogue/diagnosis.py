@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 
 from django.core.files.base import ContentFile
 
-from qoe_service.catalogue import sandbox, storages
+from qoe_service.catalogue import control_groups, sandbox, storages
 from qoe_service.catalogue.sandbox import Limits, Refused
 from qoe_service.errors import ServiceError
 
@@ -21,6 +23,7 @@ import json, os, resource, socket
 seen = {"uid": os.getuid(), "environment": sorted(os.environ)}
 seen["core_bytes"] = resource.getrlimit(resource.RLIMIT_CORE)[0]
 seen["session_leader"] = os.getsid(0) == os.getpid()
+seen["processes"] = sum(name.isdigit() for name in os.listdir("/proc"))
 seen["no_new_privileges"] = "NoNewPrivs:\\t1" in open("/proc/self/status").read()
 try:
     seen["interfaces"] = [name for _, name in socket.if_nameindex() if name != "lo"]
@@ -31,6 +34,7 @@ except OSError:
     seen["route"] = False
 print(json.dumps(seen))
 """
+_HOG = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); held = bytearray(2**28)"
 _HITS: dict[str, tuple[str, Limits, str]] = {
     "CPU time": ("while True: pass", Limits(cpu_s=2, wall_s=30), "CPU time"),
     "wall clock": ("import time; time.sleep(60)", Limits(wall_s=0.3), "took longer"),
@@ -52,7 +56,8 @@ class Finding(NamedTuple):
 def examine() -> list[Finding]:
     """Every promise, tried."""
     seen = _seen_inside()
-    return [_network(seen), _own_user(seen), *_flags(seen), *(_hit(what) for what in _HITS), _storage()]
+    about = [_network(seen), _own_user(seen), _others(seen), *_flags(seen)]
+    return [*about, *(_hit(what) for what in _HITS), _memory_by_the_kernel(), _storage()]
 
 
 def _seen_inside() -> dict[str, Any]:
@@ -81,6 +86,23 @@ def _own_user(seen: dict[str, Any]) -> Finding:
     else:
         detail = "others cannot read this Python: programs run as the worker's user"
     return Finding("own user", is_other, detail, is_needed=False)
+
+
+def _others(seen: dict[str, Any]) -> Finding:
+    is_alone = seen["processes"] <= 2  # itself, and the first of its namespace
+    detail = "not seen, and gone when it ends" if is_alone else "seen: the kernel grants no process namespace"
+    return Finding("other processes", is_alone, detail, is_needed=False)
+
+
+def _memory_by_the_kernel() -> Finding:
+    with control_groups.limited(64 * MIB) as group:
+        if group is None:
+            detail = "no control group can be made here: memory is watched ten times a second"
+            return Finding("memory by the kernel", False, detail, is_needed=False)
+        subprocess.run([sys.executable, "-I", "-c", _HOG, str(group.members)], check=False)
+        is_real = group.ran_out_of_memory()
+    detail = "a control group of each sandbox has the limit" if is_real else "a group beyond its limit goes on"
+    return Finding("memory by the kernel", is_real, detail, is_needed=False)
 
 
 def _flags(seen: dict[str, Any]) -> list[Finding]:

@@ -132,9 +132,9 @@ async def _answer(request: HttpRequest, size_bytes: int, digest: str) -> HttpRes
     except RangeNotSatisfiable as error:
         return _problem(error, {"Content-Range": f"bytes */{size_bytes}", "Accept-Ranges": "bytes"})
     if span is None:
-        file = await asyncio.to_thread(artifacts.open_for_reading, digest)
+        file = await sync_to_async(artifacts.open_for_reading)(digest)
         return StreamingHttpResponse(Chunks(file, size_bytes), headers={**headers, **_content(size_bytes)})
-    file = await asyncio.to_thread(artifacts.open_span, digest, span.start, span.stop)
+    file = await sync_to_async(artifacts.open_span)(digest, span.start, span.stop)
     headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{size_bytes}"
     return StreamingHttpResponse(Chunks(file, span.size), status=206, headers={**headers, **_content(span.size)})
 

@@ -16,6 +16,7 @@ FIRST_LOOK_SAMPLES = 300  # enough to choose by; the rest is measured when worke
 REFERENCE = "reference.onnx"
 Text = Annotated[str, Field(max_length=256)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Weights = list[tuple[int, int]]  # spans (start, stop) of the model's file that other files may hold too
 
 
 class Tensor(BaseModel):
@@ -77,6 +78,7 @@ class Measured(BaseModel):
     score: Score | None
     cuts: list[Cut] = Field(default_factory=list, max_length=64)
     no_cuts_because: Annotated[str, Field(max_length=400)] = ""
+    weights: Weights = Field(default_factory=list, max_length=256)
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @property

@@ -15,6 +15,7 @@ from qoe_service.catalogue import applications, artifacts, datasets, evaluation,
 from qoe_service.catalogue.compression import MODEL
 from qoe_service.catalogue.models import Application, Artifact, Variant
 from qoe_service.catalogue.passes import chains
+from qoe_service.catalogue.sandboxed import footer
 from qoe_service.errors import Conflict, InvalidInput, NotFound, TooLarge
 
 MAX_MODEL_BYTES = 2 * 2**30 - 1  # the bound of one protobuf message
@@ -64,7 +65,8 @@ def import_model(
 ) -> Variant:
     """Keep the model at ``path`` as a variant that may be selected, and queue passes over it.
 
-    ``path`` is an ONNX file, or a zip of one with its external data. Importing the same model under the same name
+    ``path`` is an ONNX file, or a zip of one with its external data; with 2 GiB and more it becomes a container, which
+    devices read like any other artifact. Importing the same model under the same name
     again changes nothing. Raises InvalidInput, TooLarge, Conflict, and sandbox.Cancelled when ``watch`` says so.
     """
     wish = Wish(name=name, precision=precision, passes=tuple(passes), base=base, provenance=provenance)
@@ -79,13 +81,21 @@ def import_model(
 
 def check_model_file(path: Path, *, size_bytes: int | None = None) -> None:
     """Raises InvalidInput or TooLarge before a byte is read; without ``size_bytes`` the file must be there."""
-    is_bundle = path.suffix.lower() == BUNDLE_SUFFIX
-    most = MAX_BUNDLE_BYTES if is_bundle else MAX_MODEL_BYTES
+    may_be_large = path.suffix.lower() == BUNDLE_SUFFIX
     if size_bytes is None:
-        datasets.check_file(path, field=FIELD, max_bytes=most)
-    elif size_bytes > most:
-        hint = "" if is_bundle else "; hand in a zip of the graph and its external data"
+        datasets.check_file(path, field=FIELD, max_bytes=MAX_BUNDLE_BYTES)
+        size_bytes = path.stat().st_size
+        may_be_large |= _is_container(path, size_bytes)
+    most = MAX_BUNDLE_BYTES if may_be_large else MAX_MODEL_BYTES
+    if size_bytes > most:
+        hint = "" if may_be_large else "; hand in a zip of the graph and its external data"
         raise TooLarge(f"{path.name} is larger than {most} bytes{hint}", field=FIELD)
+
+
+def _is_container(path: Path, size_bytes: int) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(size_bytes - footer.FOOTER.size, 0))
+        return footer.span_of_graph(file.read(), size_bytes) is not None
 
 
 def _base_of(wish: Wish, application: Application) -> Variant | None:
@@ -115,7 +125,7 @@ def _import(application: Application, path: Path, wish: Wish, now: datetime, wat
             measured = evaluation.measure(box, request, watch=watch)
             # stored from the private copy: what was checked is what is kept
             with box.open(MODEL) as checked:
-                artifact = artifacts.store(checked, now=now)
+                artifact = artifacts.store(checked, now=now, weights=measured.weights)
         except sandbox.Refused as refusal:
             raise InvalidInput(f"{path.name} is refused: {refusal}", field=FIELD) from None
     if watch is not None and not watch(CHECKED):
@@ -126,12 +136,15 @@ def _import(application: Application, path: Path, wish: Wish, now: datetime, wat
 
 def _put_model(box: sandbox.Sandbox, path: Path, watch: sandbox.Watch | None) -> None:
     """The model as one file in the sandbox."""
-    sandbox.check_memory(box.limits, path.stat().st_size, sandbox.MEASURING_FACTOR, what="checking it")
+    size = path.stat().st_size
+    factor = sandbox.MEASURING_FACTOR if size <= MAX_MODEL_BYTES else sandbox.CONTAINER_FACTOR
+    sandbox.check_memory(box.limits, size, factor, what="checking it")
     if path.suffix.lower() != BUNDLE_SUFFIX:
         box.add(MODEL, path.open("rb"))
         return
     box.add(BUNDLE, path.open("rb"))
-    box.ask({"command": "join-model", "bundle": BUNDLE}, program="sandboxed.intake", watch=watch)
+    request = {"command": "join-model", "bundle": BUNDLE, "at_most": MAX_MODEL_BYTES}
+    box.ask(request, program="sandboxed.intake", watch=watch)
 
 
 def _keep(

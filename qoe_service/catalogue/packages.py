@@ -16,13 +16,14 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
-from typing import Annotated, Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
 from qoe_service.catalogue import artifacts, imports, sandbox
 from qoe_service.catalogue.models import Application, Variant
+from qoe_service.catalogue.sandboxed import footer
 from qoe_service.errors import Conflict, InvalidInput, ServiceError
 
 FORMATS = ("zip", "ortpackage")
@@ -92,7 +93,7 @@ def import_package(
 
 @contextlib.contextmanager
 def as_zip(path: Path) -> Iterator[Path]:
-    """A package that is a folder as a zip; a zip as it is. Links are not followed. Raises InvalidInput."""
+    """A folder as a zip; a file as it is. Links are not followed. Raises InvalidInput."""
     if not path.is_dir():
         if not path.is_file():
             raise InvalidInput(f"there is no file {str(path)!r}", field=imports.FIELD)
@@ -115,9 +116,9 @@ def export(application: Application, format_name: str) -> Iterator[bytes]:
     if not variants:
         raise Conflict(f"{application.name} has no variant in use", field="application")
     make = _package if format_name == "ortpackage" else _family
-    manifest, paths = make(application, variants)
+    manifest, entries = make(application, variants)
     folder = f"{application.name}.ortpackage/" if format_name == "ortpackage" else f"{application.name}/"
-    return _zipped(folder, manifest, paths)
+    return _zipped(folder, manifest, entries)
 
 
 def described(variant: Variant) -> dict[str, Any]:
@@ -145,24 +146,30 @@ def _in_order(application: Application) -> Iterator[Variant]:
     return iter(sorted(rows, key=lambda each: (each.artifact_id != application.baseline_digest, each.name)))
 
 
-def _family(application: Application, variants: Sequence[Variant]) -> tuple[dict[str, Any], dict[str, Variant]]:
-    paths = {f"variants/{each.name}.onnx": each for each in variants}
-    rows = [{**described(each), "file": path} for path, each in paths.items()]
+def _family(application: Application, variants: Sequence[Variant]) -> tuple[dict[str, Any], list[_Entry]]:
+    entries, rows = list[_Entry](), list[dict[str, Any]]()
+    for each in variants:
+        graph = _graph_of(each)
+        path = f"variants/{each.name}.onnx" if graph is None else f"variants/{each.name}/{footer.GRAPH}"
+        entries += _entries(each, PurePosixPath(path), graph)
+        rows.append({**described(each), "file": path})
     head = {"format": "edge-qoe-family", "version": 1, "application": application.name, "title": application.title}
-    return {**head, "baseline": application.baseline_variant or None, "variants": rows}, paths
+    return {**head, "baseline": application.baseline_variant or None, "variants": rows}, entries
 
 
-def _package(application: Application, variants: Sequence[Variant]) -> tuple[dict[str, Any], dict[str, Variant]]:
-    bodies = {
-        each.name: {
-            "variant_directory": f"{application.name}/{each.name}",
+def _package(application: Application, variants: Sequence[Variant]) -> tuple[dict[str, Any], list[_Entry]]:
+    entries, bodies = list[_Entry](), dict[str, Any]()
+    for each in variants:
+        graph, folder = _graph_of(each), f"{application.name}/{each.name}"
+        file = "model.onnx" if graph is None else footer.GRAPH
+        entries += _entries(each, PurePosixPath(folder) / file, graph)
+        bodies[each.name] = {
+            "variant_directory": folder,
             "ep": "CPUExecutionProvider",
             "device": "cpu",
-            "executor_info": {"ort": {"model_file": "model.onnx"}},
+            "executor_info": {"ort": {"model_file": file}},
             "additional_metadata": {OWN: described(each)},
         }
-        for each in variants
-    }
     manifest = {
         "schema_version": "1.0",
         "package_name": application.name,
@@ -170,7 +177,32 @@ def _package(application: Application, variants: Sequence[Variant]) -> tuple[dic
         "layout": "portable",
         "components": {application.name: {"component_name": application.name, "variants": bodies}},
     }
-    return manifest, {f"{application.name}/{each.name}/model.onnx": each for each in variants}
+    return manifest, entries
+
+
+class _Entry(NamedTuple):
+    """One file of an export: an artifact from ``start`` up to, not including, ``stop``."""
+
+    path: str
+    digest: str
+    start: int
+    stop: int
+
+
+def _graph_of(variant: Variant) -> tuple[int, int] | None:
+    """Where the graph lies in a model of 2 GiB and more, which is kept as weights and graph in one file."""
+    size = variant.artifact.size_bytes
+    with artifacts.open_span(variant.artifact_id, max(size - footer.FOOTER.size, 0), size) as file:
+        return footer.span_of_graph(file.read(footer.FOOTER.size), size)
+
+
+def _entries(variant: Variant, path: PurePosixPath, graph: tuple[int, int] | None) -> list[_Entry]:
+    """The files of one variant: its ONNX file, or graph and weights as any program reads them."""
+    size = variant.artifact.size_bytes
+    if graph is None:
+        return [_Entry(str(path), variant.artifact_id, 0, size)]
+    weights = _Entry(str(path.with_name(footer.WEIGHTS)), variant.artifact_id, 0, size)
+    return [_Entry(str(path), variant.artifact_id, *graph), weights]
 
 
 class _Outlet(io.RawIOBase):
@@ -193,16 +225,17 @@ class _Outlet(io.RawIOBase):
         return taken
 
 
-def _zipped(folder: str, manifest: dict[str, Any], paths: dict[str, Variant]) -> Iterator[bytes]:
+def _zipped(folder: str, manifest: dict[str, Any], entries: Sequence[_Entry]) -> Iterator[bytes]:
     # weights hardly compress, so nothing is compressed
     outlet = _Outlet()
     with zipfile.ZipFile(outlet, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(zipfile.ZipInfo(f"{folder}manifest.json", _EPOCH), json.dumps(manifest, indent=2))
-        for path, variant in paths.items():
-            entry = zipfile.ZipInfo(folder + path, _EPOCH)
-            entry.file_size = variant.artifact.size_bytes
-            with archive.open(entry, "w") as target, artifacts.open_for_reading(variant.artifact_id) as source:
-                while chunk := source.read(artifacts.CHUNK_BYTES):
+        for each in entries:
+            info = zipfile.ZipInfo(folder + each.path, _EPOCH)
+            info.file_size = left = each.stop - each.start
+            with archive.open(info, "w") as target, artifacts.open_span(each.digest, each.start, each.stop) as source:
+                while chunk := source.read(min(artifacts.CHUNK_BYTES, left)):
+                    left -= len(chunk)
                     target.write(chunk)
                     yield outlet.taken()
     yield outlet.taken()

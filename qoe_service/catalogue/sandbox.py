@@ -27,6 +27,8 @@ from typing import Any, BinaryIO
 import psutil
 from django.conf import settings
 
+from qoe_service.catalogue import control_groups
+
 FOLDER = Path(__file__).parent
 LAUNCHER = FOLDER / "sandboxed" / "launcher.py"
 PREFIX, LOCK = "qoe-sandbox-", "lock"
@@ -35,8 +37,9 @@ MAX_RESULT_BYTES = 1_048_576
 POLL_S, MEMORY_POLL_S, WATCH_S = 0.05, 0.1, 0.5
 SWEEP_AFTER_S = 60.0
 KILLED_WITHIN_S = 1.0
+PROBED_WITHIN_S = 30.0
 # Measured: Python with ONNX, ONNX Runtime and a small model; and peak bytes per byte of a model that is checked.
-BASE_MEMORY_BYTES, MEASURING_FACTOR = 128 * 2**20, 4.0
+BASE_MEMORY_BYTES, MEASURING_FACTOR, CONTAINER_FACTOR = 128 * 2**20, 4.0, 2.5
 PRIVATE_UIDS = (61184, 65519)  # what systemd, too, gives to programs that need a user of their own for a while
 
 Watch = Callable[[float], bool]
@@ -57,7 +60,7 @@ class Limits:
     wall_s: float = 600.0
     cpu_s: int = 300
     memory_bytes: int = 2 * 2**30
-    file_bytes: int = 2 * 2**30
+    file_bytes: int = 4 * 2**30 + 2**24
     open_files: int = 256
 
     def as_rlimits(self) -> dict[str, int]:
@@ -106,9 +109,13 @@ class Sandbox:
 
     def run(self, path: Path, module: str, *arguments: str, watch: Watch | None = None) -> None:
         """Run a Python module found in ``path`` to its end. Raises Refused or Cancelled."""
-        with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
+        with (
+            control_groups.limited(self.limits.memory_bytes) as group,
+            (self.folder / "stdout").open("wb") as out,
+            (self.folder / "stderr").open("wb") as err,
+        ):
             process = subprocess.Popen(
-                [*_python(), self._bounds(), str(path), module, *arguments],
+                [*_python(), self._bounds(group), str(path), module, *arguments],
                 cwd=self.folder,
                 env=environment(self.folder),
                 stdin=subprocess.DEVNULL,
@@ -120,12 +127,16 @@ class Sandbox:
                 self._supervise(process, watch)
             finally:
                 _kill_group(process)
+            if process.returncode != 0 and group is not None and group.ran_out_of_memory():
+                raise Refused(self._too_much_memory())
         if process.returncode != 0:
             raise Refused(_how_it_ended(process.returncode, self.tail_of_errors()))
 
-    def _bounds(self) -> str:
+    def _bounds(self, group: control_groups.ControlGroup | None) -> str:
         """What the launcher does to itself before it becomes the program."""
-        return json.dumps({"limits": self.limits.as_rlimits(), "uid": self._uid})
+        members = str(group.members) if group else None
+        bounds = {"limits": self.limits.as_rlimits(), "uid": self._uid, "members": members}
+        return json.dumps({**bounds, "alone": can_hide_processes()})
 
     def tail_of_errors(self) -> str:
         """The last lines that the child wrote for people."""
@@ -165,7 +176,10 @@ class Sandbox:
         except psutil.NoSuchProcess:
             return
         if used > self.limits.memory_bytes:
-            raise Refused(f"needs more than {self.limits.memory_bytes // 2**20} MiB of memory")
+            raise Refused(self._too_much_memory())
+
+    def _too_much_memory(self) -> str:
+        return f"needs more than {self.limits.memory_bytes // 2**20} MiB of memory"
 
     def _progress(self) -> float:
         try:
@@ -213,6 +227,17 @@ def can_others_run_python() -> bool:
     places = {sys.executable, os.path.realpath(sys.executable), sys.prefix, sys.base_prefix, psutil.__file__}
     places |= {str(LAUNCHER), str(settings.BASE_DIR), tempfile.gettempdir()}
     return all(_is_open_to_others(Path(each)) for each in places)
+
+
+@functools.cache
+def can_hide_processes() -> bool:
+    """Whether a program can go on without seeing any other process, and with a /proc that says the same."""
+    bounds: dict[str, Any] = {"limits": {}, "uid": None, "members": None, "alone": True}
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, contextlib.suppress(subprocess.TimeoutExpired):
+        command = [*_python(), json.dumps(bounds), str(FOLDER), "sandboxed.alone"]
+        given: dict[str, Any] = {"cwd": name, "env": environment(Path(name)), "capture_output": True}
+        return subprocess.run(command, **given, timeout=PROBED_WITHIN_S, check=False).returncode == 0
+    return False
 
 
 def _is_open_to_others(path: Path) -> bool:

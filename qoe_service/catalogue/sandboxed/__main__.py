@@ -56,15 +56,16 @@ def compress(request: dict[str, Any]) -> dict[str, Any]:
 
 def split(request: dict[str, Any]) -> dict[str, Any]:
     """Cut a model in two at a tensor, and check that the halves together are the whole."""
-    from . import checks, cuts  # noqa: PLC0415 - as above
+    from . import checks, cuts, pieces  # noqa: PLC0415 - as above
 
     checks.check(MODEL)
-    return cuts.split(MODEL, request["tensor"], _sample(MODEL, _data()))
+    answer = cuts.split(MODEL, request["tensor"], _sample(MODEL, _data()))
+    return {**answer, "head_weights": pieces.find(cuts.HEAD), "tail_weights": pieces.find(cuts.TAIL)}
 
 
 def measured(path: Path, samples: int | None, tell: Callable[[float], None]) -> dict[str, Any]:
     """Facts about a model, where it can be cut, and its accuracy where there is data."""
-    from . import checks, cuts, evaluation  # noqa: PLC0415 - as above
+    from . import checks, cuts, evaluation, pieces  # noqa: PLC0415 - as above
 
     facts, data, score = checks.check(path), _data(), None
     if data is not None:
@@ -72,9 +73,12 @@ def measured(path: Path, samples: int | None, tell: Callable[[float], None]) -> 
         score = evaluation.score(path, facts, data, at_most=samples, tell=tell, reference=reference)
     try:
         found, reason = cuts.find(path, _sample(path, data)), ""
+    except Refusal as refusal:
+        found, reason = [], str(refusal)
     except Exception as error:  # noqa: BLE001 - a model that cannot be cut is no worse for it; the reason is told
         found, reason = [], f"{type(error).__name__}: {error}"[:300]
-    return {"facts": facts, "score": score, "cuts": found, "no_cuts_because": reason}
+    weights = pieces.find(path)
+    return {"facts": facts, "score": score, "cuts": found, "no_cuts_because": reason, "weights": weights}
 
 
 def _data() -> datasets.Dataset | None:

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no types
 
+from . import containers
 from .refusal import Refusal
 from .runtime import new_session
 
@@ -20,11 +21,18 @@ DOMAINS = {"": "ai.onnx", "ai.onnx": "ai.onnx", "ai.onnx.ml": "ai.onnx.ml", "com
 
 def check(path: Path) -> dict[str, Any]:
     """Facts about a model that may be used. Raises Refusal."""
-    model = read(path)
-    _check_self_contained(model)
+    model, graph = read(path), containers.graph_of(path)
+    if graph is None:
+        _check_self_contained(model)
+    else:
+        containers.check(path, model, len(graph))
     _check_operators(model)
     try:
-        onnx.checker.check_model(model, full_check=True)
+        if graph is None:
+            onnx.checker.check_model(model, full_check=True)
+        else:
+            with containers.laid_out(path, graph) as laid_out:
+                onnx.checker.check_model(laid_out, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise Refusal(f"the ONNX checker finds it wrong: {_first_line(error)}") from None
     facts = _signature(path)
@@ -33,10 +41,11 @@ def check(path: Path) -> dict[str, Any]:
 
 def read(path: Path) -> onnx.ModelProto:
     """Parse without following references to other files."""
-    if path.stat().st_size > MAX_MODEL_BYTES:
-        raise Refusal(f"it is larger than {MAX_MODEL_BYTES} bytes")
+    graph = containers.graph_of(path)
+    if graph is None and path.stat().st_size > MAX_MODEL_BYTES:
+        raise Refusal(f"it is larger than {MAX_MODEL_BYTES} bytes; larger models need external data")
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, load_external_data=False) if graph is None else onnx.load_from_string(graph)
     except DecodeError:
         raise Refusal("it is not an ONNX file, or it is truncated") from None
     if not model.graph.node:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from . import activations, checks, cost
+from . import activations, checks, containers, cost
 from .refusal import Refusal
 from .runtime import new_session
 
@@ -25,7 +25,7 @@ def find(path: Path, sample: NDArray[Any]) -> list[dict[str, Any]]:
     ``sample`` is two rows of input. Of neighbouring cuts with the same work before them the smallest is kept; in a
     quantised model that is the one in bytes, between QuantizeLinear and DequantizeLinear.
     """
-    model = checks.read(path)
+    model = _readable(path)
     candidates = list(_single_tensors(model.graph))
     if not candidates:
         return []
@@ -53,7 +53,7 @@ def find(path: Path, sample: NDArray[Any]) -> list[dict[str, Any]]:
 
 def split(path: Path, tensor: str, sample: NDArray[Any]) -> dict[str, Any]:
     """Write both halves, and check on samples that together they are the whole. Raises Refusal."""
-    model = checks.read(path)
+    model = _readable(path)
     position = next((position for position, name in _single_tensors(model.graph) if name == tensor), None)
     if position is None:
         raise Refusal(f"{tensor[:200]!r} is no cut: it does not exist, or more than one tensor is needed behind it")
@@ -71,6 +71,12 @@ def split(path: Path, tensor: str, sample: NDArray[Any]) -> dict[str, Any]:
     if not lost <= allowed:
         raise Refusal(f"the halves at {tensor[:200]!r} differ from the whole by {lost:g}")
     return {"largest_difference": lost}
+
+
+def _readable(path: Path) -> onnx.ModelProto:
+    if containers.graph_of(path) is not None:
+        raise Refusal("models of 2 GiB and more are not cut")
+    return checks.read(path)
 
 
 def _single_tensors(graph: onnx.GraphProto) -> Iterator[tuple[int, str]]:

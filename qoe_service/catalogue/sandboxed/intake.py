@@ -6,6 +6,7 @@ Reads request.json, writes result.json, as ``__main__`` does; here are the comma
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,17 +50,19 @@ def split_data(request: Mapping[str, Any]) -> dict[str, Any]:
 def join_model(request: Mapping[str, Any]) -> dict[str, Any]:
     """Make one file of a zip that holds a graph and its external data."""
     packages.unpack(Path(request["bundle"]), Path("bundle"))
+    Path(request["bundle"]).unlink()  # large models: three copies at a time are enough
     graph = packages.only_graph(Path("bundle"))
     import onnx  # noqa: PLC0415 - data sets, and most zips that are refused, need no ONNX
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: PLC0415 - ships no types
 
     try:
-        packages.join(graph, MODEL)
+        packages.join(graph, MODEL, at_most=request.get("at_most", packages.MAX_MODEL_BYTES))
     except DecodeError:
         raise Refusal(f"{graph.name} is not an ONNX file, or it is truncated") from None
     except (onnx.checker.ValidationError, OSError) as error:
         raise Refusal(f"its external data cannot be read: {error}"[:500]) from None
-    return {"joined": str(graph)}
+    shutil.rmtree("bundle")
+    return {"joined": graph.name}
 
 
 def unpack_package(request: Mapping[str, Any]) -> dict[str, Any]:

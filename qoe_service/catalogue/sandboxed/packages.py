@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MANIFEST, COMPONENT = "manifest.json", "component.json"
 MAX_FILES, MAX_UNPACKED_BYTES, MAX_JSON_BYTES = 2000, 4 * 2**30, 2**20
-MAX_MODEL_BYTES = 2 * 2**30 - 1  # the bound of one protobuf message
+MAX_MODEL_BYTES = 2 * 2**30 - 1  # the bound of one protobuf message; above it lie weights before their graph
 MAX_VARIANTS = 64
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ASSET = re.compile(r"sha256:([0-9a-f]{64})(?:/(.*))?")
@@ -64,15 +64,21 @@ def only_graph(folder: Path) -> Path:
     return found[0]
 
 
-def join(graph: Path, target: Path, weights_folder: Path | None = None) -> None:
-    """Write a model whose weights lie in other files as one file. Raises Refusal, and what onnx raises."""
+def join(graph: Path, target: Path, weights_folder: Path | None = None, *, at_most: int = MAX_MODEL_BYTES) -> None:
+    """Write a model whose weights lie in other files as one file: one protobuf where ``at_most`` bytes suffice, a
+    container above. Raises Refusal, and what onnx raises."""
     import onnx  # noqa: PLC0415 - most packages that are refused are refused without it
 
+    from . import containers  # noqa: PLC0415 - as above
+
+    if graph.stat().st_size > MAX_MODEL_BYTES:
+        raise Refusal(f"{graph.name} is larger than {MAX_MODEL_BYTES} bytes; larger models need external data")
     model = onnx.load(graph, load_external_data=False)
     base = weights_folder or graph.parent
     total = graph.stat().st_size + sum(path.stat().st_size for path in _weight_files(model, base))
-    if total > MAX_MODEL_BYTES:
-        raise Refusal(f"with its weights it has {total} bytes; devices get one file of at most {MAX_MODEL_BYTES}")
+    if total > at_most:
+        containers.write(model, base, target)
+        return
     onnx.load_external_data_for_model(model, str(base))
     onnx.save(model, target)
 

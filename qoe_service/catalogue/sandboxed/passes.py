@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from . import checks
+from . import checks, containers
 from .cleanup import CleanUp
 from .four_bit import Int4Weights
 from .half import Float16
@@ -32,6 +32,8 @@ PASSES = MappingProxyType({each.name: each for each in _ALL})
 def apply(name: str, task: Task) -> dict[str, Any]:
     """Derive ``task.target``; says how, so that it can be done again bit for bit. Raises Refusal."""
     chosen: Pass = PASSES[name]
+    if containers.graph_of(task.source) is not None:
+        raise Refusal("passes take models below 2 GiB: the weights of this one lie beside its graph")
     reason = chosen.why_not(checks.read(task.source), task.data)
     if reason is not None:
         raise Refusal(f"{name} does not help here: {reason}")

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import onnxruntime
 
+from . import containers
 from .refusal import Refusal
+
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 # flag of /proc/cpuinfo -> word that an operator knows
 _ISA = {
@@ -27,7 +30,12 @@ def new_session(path: Path) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        graph = containers.graph_of(path)
+        if graph is None:
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        with containers.linked(path) as folder:
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(folder))
+            return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - its exception classes share no base but this one
         raise Refusal(f"ONNX Runtime does not load it: {str(error)[:500]}") from None
 

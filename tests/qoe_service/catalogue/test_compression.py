@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from django.core.management import CommandError, call_command
 from pytest_django import Settings
 
 from qoe_service.catalogue import artifacts, compression, imports, jobs, sandbox
@@ -93,6 +94,28 @@ def test_the_same_pass_over_the_same_model_gives_the_same_bytes(application: App
         assert job.result is not None
         digests.add(job.result.artifact_id)
     assert len(digests) == 1
+
+
+def test_a_variant_is_rebuilt_from_its_provenance_bit_for_bit(
+    application: Application, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = stored(application, conv_model(), "conv", tmp_path)
+    job = compression.run(job_id=queued(base).pk, clock=Clock())
+    assert job is not None
+    assert job.result is not None
+    call_command("rebuild_variant", "quarters", job.result.name)
+    assert capsys.readouterr().out == f"{job.result.name} {job.result.artifact_id}: the same bytes\n"
+    with pytest.raises(CommandError, match="conv was handed in, not derived"):
+        call_command("rebuild_variant", "quarters", "conv")
+    job.result.provenance["parameters"]["per_channel"] = False
+    job.result.save()
+    with pytest.raises(CommandError, match="other bytes"):
+        call_command("rebuild_variant", "quarters", job.result.name)
+    calibration = pictures(64, seed=9)[0]
+    application.dataset = artifacts.store(write_data(tmp_path / "b.npz", calibration_inputs=calibration), now=NOW)
+    application.save()
+    with pytest.raises(CommandError, match="calibrated on other data"):
+        call_command("rebuild_variant", "quarters", job.result.name)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from django.test.utils import CaptureQueriesContext
 
 from qoe_service.catalogue import artifacts
 from qoe_service.catalogue.artifacts import CHUNK_BYTES
-from qoe_service.catalogue.models import Application
+from qoe_service.catalogue.models import Application, Piece
 from tests.builders import CREDENTIAL, NOW, make_application, make_device, make_variant
 
 pytestmark = pytest.mark.django_db
@@ -188,3 +188,14 @@ def test_the_database_is_not_asked_about_what_cannot_be_a_digest(digest: str) ->
 def test_other_methods_are_not_allowed() -> None:
     answer = fetch("put")
     assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD")
+
+
+def test_a_file_that_is_kept_in_pieces_comes_whole_or_in_ranges_and_no_piece_by_itself() -> None:
+    content = b"head" + CONTENT + b"tail"
+    digest = artifacts.store(io.BytesIO(content), now=NOW, weights=[(4, 4 + SIZE)]).digest
+    make_variant(Application.objects.get(), "in-pieces", digest=digest)
+    url = f"/artifacts/sha256/{digest}"
+    assert fetch(url=url).body == content
+    part = fetch(url=url, Range=f"bytes=2-{SIZE + 5}")
+    assert (part.status, part.body) == (206, content[2 : SIZE + 6])
+    assert fetch(url=f"/artifacts/sha256/{Piece.objects.get(offset=0).stored_id}").status == 404

@@ -32,8 +32,19 @@ def run(tmp_path: Path, program: str, limits: Limits | None = None, watch: sandb
     return box
 
 
-def is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+def running(seconds: str) -> list[int]:
+    """The programs ``sleep SECONDS`` of this machine: inside a sandbox process ids may be others than outside."""
+    return [each.pid for each in psutil.process_iter(["cmdline"]) if each.info["cmdline"] == ["sleep", seconds]]
+
+
+def is_kept_up(holds: Callable[[], bool], seconds: float = 1.0) -> bool:
+    """Whether something still holds after a while; ends as soon as it does not."""
+    ends = time.monotonic() + seconds
+    while holds():
+        if time.monotonic() > ends:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 @pytest.mark.parametrize(
@@ -97,25 +108,39 @@ def test_the_programs_that_read_models_import_nothing_of_the_service() -> None:
         assert (box.folder / "stdout").read_text().strip() == "[]"
 
 
-def test_a_cancelled_program_and_its_children_are_dead_within_two_seconds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("session", [False, True])
+def test_a_cancelled_program_and_its_children_are_dead_within_two_seconds(tmp_path: Path, session: bool) -> None:
+    seconds = f"60.{os.getpid()}"
     program = (
         "import subprocess, time\n"
-        "child = subprocess.Popen(['sleep', '60'])\n"
-        "open('pids', 'w').write(str(child.pid))\n"
+        f"child = subprocess.Popen(['sleep', '{seconds}'], start_new_session={session})\n"
         "time.sleep(60)"
     )
-    pids = tmp_path / "box" / "pids"
     asked_at: list[float] = []
 
     def watch(_: float) -> bool:
-        if pids.exists() and pids.read_text():
+        if running(seconds):
             asked_at.append(time.monotonic())
         return not asked_at
 
     with pytest.raises(Cancelled):
         run(tmp_path, program, watch=watch)
     assert time.monotonic() - asked_at[0] < 2
-    assert not is_alive(int(pids.read_text()))
+    assert not running(seconds)
+
+
+def test_what_a_program_leaves_running_ends_with_it(tmp_path: Path) -> None:
+    seconds = f"61.{os.getpid()}"
+    run(tmp_path, f"import subprocess; subprocess.Popen(['sleep', '{seconds}'], start_new_session=True)")
+    if sandbox.can_hide_processes():
+        assert not is_kept_up(lambda: bool(running(seconds)))
+
+
+def test_the_child_sees_no_other_process_where_namespaces_allow(tmp_path: Path) -> None:
+    if not sandbox.can_hide_processes():
+        pytest.skip("the kernel grants no process namespaces here; doctor says so")
+    box = run(tmp_path, "import os; print(os.getpid(), sum(name.isdigit() for name in os.listdir('/proc')))")
+    assert (box.folder / "stdout").read_text().split() == ["2", "2"]
 
 
 def test_progress_reaches_the_watcher(tmp_path: Path) -> None:
@@ -155,7 +180,10 @@ def test_a_program_that_starts_others_can_gain_no_rights(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
-def test_as_root_the_child_can_become_a_user_who_owns_its_folder_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_as_root_the_child_can_become_a_user_who_owns_its_folder_alone(tmp_path: Path, alone: bool) -> None:
+    if alone and not sandbox.can_hide_processes():
+        pytest.skip("the kernel grants no process namespaces here; doctor says so")
     python = "/usr/bin/python3"
     if not os.access(python, os.X_OK):
         pytest.skip("no Python that others may run")
@@ -164,7 +192,7 @@ def test_as_root_the_child_can_become_a_user_who_owns_its_folder_alone(tmp_path:
     for path in (tmp_path, *tmp_path.parents):
         if path.stat().st_uid == 0 and path != Path("/"):
             path.chmod(path.stat().st_mode | 0o055)
-    bounds = json.dumps({"limits": Limits().as_rlimits(), "uid": 61190})
+    bounds = json.dumps({"limits": Limits().as_rlimits(), "uid": 61190, "members": None, "alone": alone})
     said = subprocess.run(
         [python, launcher, str(os.getpid()), bounds, str(tmp_path), "who"], capture_output=True, text=True, check=True
     )
@@ -182,7 +210,18 @@ def test_doctor_says_which_limits_are_real_here(monkeypatch: pytest.MonkeyPatch)
     out = io.StringIO()
     call_command("doctor", stdout=out)
     said = out.getvalue()
-    for limit in ("network", "own user", "memory", "CPU time", "file size", "open files", "core dumps", "credentials"):
+    for limit in (
+        "network",
+        "own user",
+        "other processes",
+        "memory",
+        "memory by the kernel",
+        "CPU time",
+        "file size",
+        "open files",
+        "core dumps",
+        "credentials",
+    ):
         assert f"{limit}: " in said, said
     assert "CPU time: real" in said
     assert "credentials: real" in said

@@ -20,7 +20,11 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("application")
-        parser.add_argument("file", type=Path, help=".onnx, .zip with external data, or an .ortpackage folder or zip")
+        parser.add_argument(
+            "file",
+            type=Path,
+            help=".onnx; a folder or .zip of one with its external data; an .ortpackage, as a folder or zip",
+        )
         parser.add_argument("--name", help="name of the variant; the file's name unless given")
         parser.add_argument("--precision", default="fp32")
         parser.add_argument("--base", default="", help="the variant that this one was trained to stand in for")
@@ -56,21 +60,22 @@ class Command(BaseCommand):
     def _take_models(
         self, application: Application, file: Path, passes: list[str], options: dict[str, Any]
     ) -> list[Variant]:
-        if uploads.kind_of(file.name) == "package":
+        if uploads.kind_of(f"{file.name}.zip" if file.is_dir() else file.name) == "package":
             with packages.as_zip(file) as path:
                 found = packages.import_package(application=application, path=path, passes=passes, now=timezone.now())
             for note in found.notes:
                 self.stderr.write(f"left out: {note}")
             return list(found.variants)
-        variant = imports.import_model(
-            application=application,
-            path=file,
-            name=options["name"] or file.stem,
-            precision=options["precision"],
-            base=options["base"],
-            passes=passes,
-            now=timezone.now(),
-        )
+        with packages.as_zip(file) as path:  # a folder holds a graph and its external data
+            variant = imports.import_model(
+                application=application,
+                path=path,
+                name=options["name"] or file.stem,
+                precision=options["precision"],
+                base=options["base"],
+                passes=passes,
+                now=timezone.now(),
+            )
         return [variant]
 
     def _run_jobs(self, variant: Variant) -> None:
