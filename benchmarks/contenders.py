@@ -1,7 +1,8 @@
 """Everyone who plays in `python -m benchmarks.selection`: ours, its ablations, references in hindsight and peers.
 
-Peers stand at the best settings that `peer_settings.py` found: on the tuning worlds of `selector/worlds/constants.py`,
-never on the reported ones; the hosted default stands as it was.
+Peers stand at the best settings that were found on the tuning worlds of `selector/worlds/constants.py`
+(`peer_settings.py`), never on the reported ones; the hosted default stands as it was. Whoever learns over features is
+told what ours is told: which device it is, the baseline, what runs, and what came of the device's and group's leases.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.peers import (
     FlatVowpalWabbitPolicy,
     NeuralResidualPolicy,
 )
-from selector.baselines import FixedPerClassPolicy, FixedPolicy, PredictionPolicy, RandomPolicy
+from selector.baselines import FixedPerClassPolicy, FixedPolicy, PredictionPolicy, RandomPolicy, ValuePolicy
 from selector.linear import LinTsPolicy, LinUcbPolicy
 from selector.preferences import PreferencePolicy
 from selector.ranking import Exploration
@@ -30,7 +31,8 @@ from selector.vw import VowpalWabbitPolicy, VwSettings
 
 Floats = NDArray[np.float64]
 
-OURS, CALIBRATED, PREFERENCES = "ours", "calibrated argmax", "calibrated argmax + preferences"
+OURS, WITHOUT_VW = "ours", "ours without Vowpal Wabbit"
+CALIBRATED, PREFERENCES = "calibrated argmax", "calibrated argmax + preferences"
 RANDOM, BEST_FIXED, BEST_PER_CLASS, ANALYTIC = "random", "best fixed", "best fixed per class", "analytic argmax"
 HOSTED, HOSTED_SHORTLIST = "hosted default", "hosted default, masks + shortlist"
 
@@ -61,9 +63,11 @@ def ours() -> Contender:
 
 
 def ablations(world: World) -> tuple[Contender, ...]:
-    """Ours without Vowpal Wabbit: the calibrated prediction alone, and corrected by learnt preferences."""
+    """Ours without Vowpal Wabbit, all else equal; and the calibrated prediction alone, and corrected by learnt
+    preferences, which have neither horizon nor aversion to risk nor budget."""
     formulas = declared_formulas(world)
     return (
+        replace(ours(), name=WITHOUT_VW, role="ablation", make_policy=lambda _: ValuePolicy()),
         Contender(
             CALIBRATED,
             lambda _: PredictionPolicy(),

@@ -1,5 +1,7 @@
 """How long does one decision take, and what of it is Vowpal Wabbit?
 
+Everything is timed in one warmed state: 50 leases of five devices learnt by calibration, budget and policy; the context
+has telemetry, an incumbent, a baseline and cached variants, one variant is banned, and a budget is set.
 Ours (predict, mask, shortlist, Vowpal Wabbit, mix, sample) beside its parts: the same without a policy, Vowpal Wabbit
 over every action as hosted services run it, and over the shortlist alone. One process, one thread, one run.
 What would falsify a claim of cheapness: a median above that of Vowpal Wabbit over all actions.
@@ -12,15 +14,39 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from selector.calibration import Calibration
-from selector.interactions import Action, Candidate, Configuration, Context, Profile, Variant
+from selector.interactions import (
+    Action,
+    Candidate,
+    Configuration,
+    Context,
+    Interaction,
+    Measurement,
+    Profile,
+    Ranking,
+    Variant,
+)
 from selector.ranking import Exploration, rank
 from selector.reward import QoeFormula
 from selector.vw import VowpalWabbitPolicy
 
 SIZES = (20, 200)
-CONTEXT = Context("device", "phone", "digits", 8.0, 60.0, cores=4, memory_free_bytes=2**30)
+LEASES, DEVICES = 50, 5
+CONTEXT = Context(
+    "device-0",
+    "phone",
+    "digits",
+    8.0,
+    60.0,
+    cores=4,
+    memory_free_bytes=2**30,
+    cpu_load_share=0.2,
+    features={"temperature": 0.41, "battery": 0.8, "network": "unmetered", "daypart": "noon", "group": "staff"},
+)
+FORMULA = QoeFormula(slo_p95_ms=60.0)
+EXPLORATION = Exploration(budget=0.05)
 
 
 def make_actions(count: int) -> tuple[Action, ...]:
@@ -39,34 +65,76 @@ def make_profiles(actions: Sequence[Action]) -> tuple[Profile, ...]:
     return tuple(Profile(each.digest, 1, 0.5 + 0.3 * number, 0.1) for number, each in enumerate(variants))
 
 
-def contestants(count: int) -> dict[str, Callable[[int], object]]:
-    """What is timed, by name; each takes the number of the repetition."""
-    actions = make_actions(count)
-    profiles, calibration = make_profiles(actions), Calibration()
-    formula, exploration, policy = QoeFormula(slo_p95_ms=60.0), Exploration(), VowpalWabbitPolicy()
+class WarmState:
+    """A fleet in service: what 50 leases taught, and the context of the device that decides next."""
 
-    def decide(number: int, chosen_by: VowpalWabbitPolicy | None) -> Sequence[Candidate]:
+    def __init__(self, count: int) -> None:
+        self._actions = make_actions(count)
+        self._profiles, self._calibration = make_profiles(self._actions), Calibration()
+        self._bans = {self._actions[-1].variant.digest: "withdrawn"}
+        self.policy = VowpalWabbitPolicy()
+        running: dict[str, Action] = {}
+        for number in range(LEASES):
+            context = self._context(f"device-{number % DEVICES}", running)
+            running[context.device] = self._lease(number, context)
+        self.context = self._context(CONTEXT.device, running)
+
+    def decide(self, number: int, context: Context, policy: VowpalWabbitPolicy | None) -> Ranking:
+        """One decision."""
         return rank(
             decision_id=f"decision-{number}",
-            context=CONTEXT,
-            actions=actions,
-            profiles=profiles,
-            calibration=calibration,
-            formula=formula,
-            policy=chosen_by,
+            context=context,
+            actions=self._actions,
+            profiles=self._profiles,
+            calibration=self._calibration,
+            formula=FORMULA,
+            policy=policy,
             policy_version=1,
             best_fixed=None,
-            exploration=exploration,
-            bans={},
-        ).candidates
+            exploration=EXPLORATION,
+            bans=self._bans,
+        )
 
-    everything = decide(0, None)
-    shortlist = [candidate for candidate in decide(0, policy) if candidate.shortlisted]
+    def _context(self, device: str, running: dict[str, Action]) -> Context:
+        """With the cheapest action as the baseline, and everything that the fleet runs on the device."""
+        incumbent = running[device].key if device in running else None
+        cached = frozenset(action.variant.digest for action in running.values())
+        baseline = self._actions[0].key
+        return replace(CONTEXT, device=device, incumbent=incumbent, cached_digests=cached, baseline=baseline)
+
+    def _lease(self, number: int, context: Context) -> Action:
+        """Decide, take a little longer than predicted, learn."""
+        ranking = self.decide(number, context, self.policy)
+        predicted, longer = ranking.candidates[ranking.chosen].prediction, 1.1 + 0.02 * (number % DEVICES)
+        measured = Measurement(
+            requests=100,
+            p50_ms=predicted.p50_ms * longer,
+            p95_ms=predicted.p95_ms * longer,
+            slo_hit_share=predicted.slo_hit_share,
+            cpu_ms_per_request=predicted.cpu_ms_per_request * longer,
+            service_ms=predicted.service_ms * longer,
+            batch_mean=predicted.batch,
+            rating=0.8,
+            ratings=3,
+        )
+        reward = FORMULA.reward(measured, ranking.action.variant.accuracy)
+        lease = Interaction(f"lease-{number}", context, ranking.candidates, ranking.chosen, measured, reward)
+        self._calibration.update(lease)
+        self.policy.learn(lease)
+        return ranking.action
+
+
+def contestants(count: int) -> dict[str, Callable[[int], object]]:
+    """What is timed, by name; each takes the number of the repetition."""
+    state = WarmState(count)
+    context, policy = state.context, state.policy
+    everything: Sequence[Candidate] = state.decide(0, context, None).candidates
+    shortlist = [candidate for candidate in state.decide(0, context, policy).candidates if candidate.shortlisted]
     return {
-        "ours": lambda number: decide(number, policy),
-        "ours without a policy": lambda number: decide(number, None),
-        "Vowpal Wabbit, shortlist only": lambda _: policy.probabilities(CONTEXT, shortlist),
-        "Vowpal Wabbit, all actions": lambda _: policy.probabilities(CONTEXT, everything),
+        "ours": lambda number: state.decide(number, context, policy),
+        "ours without a policy": lambda number: state.decide(number, context, None),
+        "Vowpal Wabbit, shortlist only": lambda _: policy.probabilities(context, shortlist),
+        "Vowpal Wabbit, all actions": lambda _: policy.probabilities(context, everything),
     }
 
 

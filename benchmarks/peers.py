@@ -63,11 +63,11 @@ class Regressor(Protocol):
 class _ResidualPolicy(Stored, ABC):
     """Epsilon-greedy on prediction + regressor, which is fitted again whenever ``growth`` more was learnt."""
 
-    def __init__(self, epsilon: float = 0.01, growth: float = 0.15, seed: int = 1) -> None:
+    def __init__(self, epsilon: float = 0.01, growth: float = 0.15, seed: int = 1, with_history: bool = False) -> None:
         self._epsilon = number("epsilon", epsilon, LEAST_SHARE, 1)
         self._growth = number("growth", growth, 0, 10)
         self._seed = int(number("seed", seed, 0, 2**31 - 1))
-        self._features = Features(with_prediction=True)
+        self._features = Features(with_prediction=True, with_history=with_history)
         self._rows: list[Floats] = []
         self._targets: list[float] = []
         self._regressor: Regressor | None = None
@@ -80,6 +80,7 @@ class _ResidualPolicy(Stored, ABC):
             "epsilon": self._epsilon,
             "growth": self._growth,
             "seed": self._seed,
+            "with_history": self._features.with_history,
             "names": self._features.state(),
             "rows": packed(rows),
             "targets": packed(self._targets),
@@ -89,7 +90,7 @@ class _ResidualPolicy(Stored, ABC):
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
         """Fits the regressor again on what it had seen."""
-        policy = cls(state["epsilon"], state["growth"], state["seed"])
+        policy = cls(state["epsilon"], state["growth"], state["seed"], state["with_history"])
         policy._features = Features.from_state(True, state["names"])
         policy._targets = unpacked(state["targets"], (-1,)).tolist()
         policy._rows = list(unpacked(state["rows"], (len(policy._targets), policy._features.width)))
@@ -114,6 +115,7 @@ class _ResidualPolicy(Stored, ABC):
         self._features.learn(context, chosen)
         self._rows.append(self._features.rows(context, [chosen])[0])
         self._targets.append(interaction.reward - chosen.prediction.qoe)
+        self._features.remember(context, chosen, interaction.reward)
         if len(self._rows) >= max(FIRST_FIT, self._fitted * (1.0 + self._growth)):
             self._fit(len(self._rows))
 
@@ -160,7 +162,8 @@ class BoostedResidualPolicy(_ResidualPolicy):
 class FlatVowpalWabbitPolicy(Stored):
     """Vowpal Wabbit over action and context features, none of them ours: no prediction, no shortlist of its own.
 
-    Namespaces: c the situation, d the device if ``with_device``, a what the variant is, f the configuration. Its state
+    Namespaces: c the situation, d the device if ``with_device``, a what the variant is, f the configuration, b
+    (``with_standing``) whether the action is the baseline, runs already or is on the device. Its state
     is its log: replaying it is the one way to the same learner whatever the version of Vowpal Wabbit. With
     ``learns_all_lines`` an example is the whole action set with its propensity, as hosted services learn; without,
     the line of the action taken. Numbers stand well away from 0, where Vowpal Wabbit's normalised steps would blow up
@@ -170,7 +173,11 @@ class FlatVowpalWabbitPolicy(Stored):
     kind = "flat_vowpal_wabbit"
 
     def __init__(
-        self, arguments: str = HOSTED_DEFAULT, learns_all_lines: bool = True, with_device: bool = False
+        self,
+        arguments: str = HOSTED_DEFAULT,
+        learns_all_lines: bool = True,
+        with_device: bool = False,
+        with_standing: bool = False,
     ) -> None:
         words = arguments.split() if isinstance(arguments, str) else []
         if "--cb_explore_adf" not in words:
@@ -179,6 +186,7 @@ class FlatVowpalWabbitPolicy(Stored):
             if word.startswith("-") and word not in OPTIONS:
                 raise InvalidInput("arguments", f"may not contain {word[:40]!r}")
         self._arguments, self._learns_all_lines, self._with_device = arguments, learns_all_lines, with_device
+        self._with_standing = with_standing
         self._workspace: Any = vowpalwabbit.Workspace(f"--quiet {arguments}")
         self._log: list[bytes] = []
         self._kept: dict[int, tuple[Action, str]] = {}
@@ -189,13 +197,15 @@ class FlatVowpalWabbitPolicy(Stored):
             "arguments": self._arguments,
             "learns_all_lines": self._learns_all_lines,
             "with_device": self._with_device,
+            "with_standing": self._with_standing,
             "log": [base64.b64encode(each).decode() for each in self._log],
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
         """Learns the log again."""
-        policy = cls(state["arguments"], state["learns_all_lines"], state["with_device"])
+        settings = (state[each] for each in ("arguments", "learns_all_lines", "with_device", "with_standing"))
+        policy = cls(*settings)
         for each in state["log"]:
             try:
                 policy._learn(zlib.decompress(base64.b64decode(each, validate=True)).decode())
@@ -207,7 +217,7 @@ class FlatVowpalWabbitPolicy(Stored):
         """Vowpal Wabbit's own distribution, with a floor that keeps it positive."""
         check_context(context)
         check_candidates(candidates)
-        lines = [self._shared(context), *(self._line(candidate.action) for candidate in candidates)]
+        lines = [self._shared(context), *(self._line(context, candidate.action) for candidate in candidates)]
         shares = np.array(self._workspace.predict("\n".join(lines)), dtype=np.float64)
         if shares.shape != (len(candidates),) or not np.isfinite(shares).all() or abs(shares.sum() - 1.0) > 1e-3:
             raise PolicyFailure("model answered no distribution")
@@ -218,14 +228,15 @@ class FlatVowpalWabbitPolicy(Stored):
         """One example. Raises InvalidInput, unchanged."""
         check_interaction(interaction)
         label = f"0:{-interaction.reward:.6f}:{max(interaction.propensity, 1e-6):.6f} "
-        chosen = interaction.chosen
+        context, taken = interaction.context, interaction.candidates[interaction.chosen].action
         if self._learns_all_lines:
-            lines = [self._line(candidate.action) for candidate in interaction.candidates if candidate.shortlisted]
-            taken = self._line(interaction.candidates[chosen].action)
-            lines = [label + taken, *(line for line in lines if line != taken)]
+            shown = [candidate.action for candidate in interaction.candidates if candidate.shortlisted]
+            first = self._line(context, taken)
+            lines = [self._line(context, action) for action in shown]
+            lines = [label + first, *(line for line in lines if line != first)]
         else:
-            lines = [f"0:{-interaction.reward:.6f}:1 " + self._line(interaction.candidates[chosen].action)]
-        self._learn("\n".join([self._shared(interaction.context), *lines]))
+            lines = [f"0:{-interaction.reward:.6f}:1 " + self._line(context, taken)]
+        self._learn("\n".join([self._shared(context), *lines]))
 
     def _learn(self, example: str) -> None:
         self._workspace.learn(example)
@@ -247,7 +258,10 @@ class FlatVowpalWabbitPolicy(Stored):
             parts.append(f" |d d_{escaped(context.device)}")
         return "".join(parts)
 
-    def _line(self, action: Action) -> str:
+    def _line(self, context: Context, action: Action) -> str:
+        return self._about(action) + _standing(context, action) if self._with_standing else self._about(action)
+
+    def _about(self, action: Action) -> str:
         found = self._kept.get(id(action))
         if found is not None and found[0] is action:
             return found[1]
@@ -260,3 +274,12 @@ class FlatVowpalWabbitPolicy(Stored):
         )
         self._kept[id(action)] = action, line
         return line
+
+
+def _standing(context: Context, action: Action) -> str:
+    holds = {
+        "baseline": action.key == context.baseline,
+        "runs": action.key == context.incumbent,
+        "here": action.variant.digest in context.cached_digests,
+    }
+    return " |b " + " ".join(name for name, is_so in holds.items() if is_so)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.contenders import ANALYTIC, CALIBRATED, HOSTED, OURS, PREFERENCES
+from benchmarks.contenders import ANALYTIC, CALIBRATED, HOSTED, OURS, PREFERENCES, WITHOUT_VW
 from benchmarks.selection_runs import STRESSED, UNGUARDED, Outcome
 from selector.worlds.hardness import Hardness
 
@@ -143,6 +143,11 @@ class WorldReport:
             "budget_violations_pct": self._rounded(OURS, "budget_violations_pct"),
         }
 
+    def vw_alone(self) -> dict[str, float | None] | None:
+        """Ours less the same without Vowpal Wabbit, points, with its interval; None if not played."""
+        gain = self._paired(OURS, WITHOUT_VW)
+        return None if gain is None else interval(gain)
+
     def targets(self) -> Iterator[tuple[str, bool | None, str]]:
         """Each target: what it asks, whether it is met (None: not played), and the number."""
         found = self.summary()
@@ -209,11 +214,16 @@ class WorldReport:
         return _rounded(self.mean(name, field)) if name is not None and self.has(name) else None
 
 
-def verdicts(summary: Mapping[str, Any], reports: Mapping[str, WorldReport]) -> Iterator[str]:
-    """One line per target and world."""
+def verdicts(reports: Mapping[str, WorldReport], fleet: str = "") -> Iterator[str]:
+    """One line per target and world; ``fleet`` is named in each."""
     for name, report in reports.items():
         for asked, met, number in report.targets():
-            yield _line(f"{name}: {asked}", met, number)
+            yield _line(f"{name}{fleet}: {asked}", met, number)
+        yield f"{'':<11}{name}{fleet}: what Vowpal Wabbit alone adds: {report.vw_alone()}"
+
+
+def cost_verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
+    """The targets for the time of one decision."""
     for key, bound in (("decision_ms_200", 0.5), ("decision_ms_20", 0.2)):
         yield _line(f"{key} <= {bound:g}", summary[key] <= bound, f"{summary[key]:.3f}")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import tracemalloc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +32,7 @@ Mask = NDArray[np.bool_]
 
 # These need no run: what they earn is summed up exactly from the world's truth.
 EXACT = (RANDOM, BEST_FIXED, BEST_PER_CLASS)
-FRONTIER = "informed learner (frontier)"
+FRONTIER = "told the tastes (frontier)"
 UNGUARDED, STRESSED = f"{OURS}, no budget", f"{OURS}, stress"
 BUDGET = 0.05
 WARM_UP = 10
@@ -69,14 +73,77 @@ class Outcome:
     drift_updated_pct: tuple[float, ...]
 
 
-def outcomes(tasks: Sequence[Task], workers: int) -> Iterator[tuple[list[Outcome], Hardness]]:
-    """Play all tasks in so many processes; each process uses one core."""
+Played = tuple[list[Outcome], Hardness]
+
+
+class Journal:
+    """Finished tasks, one JSON object a line, written at once: an interrupted run goes on where it stopped.
+
+    The first line holds the digest of the code that played; other code does not go on. Raises ValueError for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[Task, Played] = {}
+        header = {"code": code_digest()}
+        if path.exists():
+            text = path.read_text()
+            lines = [json.loads(line) for line in text.split("\n")[:-1]]
+            path.write_text(text[: text.rfind("\n") + 1])  # what was cut off is played again
+            if not lines or lines[0] != header:
+                raise ValueError(f"{path} was written by other code: name another file")
+            self._known = dict(map(_entry, lines[1:]))
+        else:
+            path.write_text(json.dumps(header) + "\n")
+
+    def known(self, task: Task) -> Played | None:
+        """What came of this task, if it was played before."""
+        return self._known.get(task)
+
+    def add(self, task: Task, played: Played) -> None:
+        """Keep one finished task."""
+        rows, hard = played
+        entry = {"task": asdict(task), "outcomes": [asdict(row) for row in rows], "hardness": asdict(hard)}
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _entry(line: dict[str, Any]) -> tuple[Task, Played]:
+    task, rows = line["task"], line["outcomes"]
+    steps = ("drift_pct", "drift_updated_pct")
+    outcomes = [Outcome(**row | {field: tuple(row[field]) for field in steps}) for row in rows]
+    return Task(**task | {"names": tuple(task["names"])}), (outcomes, Hardness(**line["hardness"]))
+
+
+def code_digest() -> str:
+    """SHA-256 over the sources of the selector, its worlds, and everyone who plays."""
+    root = Path(__file__).parent
+    players = [root / f"{name}.py" for name in ("contenders", "frontier", "latency_table", "peers", "selection_runs")]
+    sources = sorted((root.parent / "selector").rglob("*.py")) + players
+    return hashlib.sha256(b"\0".join(each.read_bytes() for each in sources)).hexdigest()
+
+
+def processes(count: int) -> Pool:
+    """So many processes of one thread each; they import the code once, when they start."""
     os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(run, tasks)
+    return multiprocessing.get_context("spawn").Pool(count)
 
 
-def run(task: Task) -> tuple[list[Outcome], Hardness]:
+def outcomes(tasks: Sequence[Task], pool: Pool, journal: Journal | None = None) -> Iterator[tuple[Task, Played]]:
+    """Play all tasks that the journal does not know; each is kept before it is given.
+
+    First come those that it knows, then the others in their order.
+    """
+    found = {task: journal.known(task) for task in tasks} if journal else {}
+    yield from ((task, played) for task, played in found.items() if played)
+    left = [task for task in tasks if not found.get(task)]
+    for task, played in zip(left, pool.imap(run, left), strict=True):
+        if journal:
+            journal.add(task, played)
+        yield task, played
+
+
+def run(task: Task) -> Played:
     """Play one task in this process."""
     world = make_world(task.world, task.seed, task.devices, task.steps, measured_rows())
     chosen = [each for each in lineup(world) if not task.names or each[0].name in task.names]
@@ -99,7 +166,7 @@ def lineup(world: SimulatedWorld) -> list[tuple[Contender, Feedback]]:
 
 
 def frontier(world: SimulatedWorld, ours: Contender) -> Contender:
-    """The learner that is told the structure of the world, on our calibrated prediction."""
+    """The learner that is told the structure of tastes, on our calibrated prediction."""
     formulas = declared_formulas(world)
     exploration = replace(ours.exploration, shortlist_size=40, budget=1.0)
     return replace(

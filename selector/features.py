@@ -1,8 +1,9 @@
 """Context and candidates as rows of numbers, for learners that want a dense vector of a fixed length.
 
 One row per candidate: the action crossed with the load, with the device class and with telemetry, one column per
-variant, whether it runs or is on the device already, and, if wanted, what was predicted. Names become columns in the
-order in which they were learnt; a name beyond the columns there are, or never learnt, is left out.
+variant, whether it runs or is on the device already, and, if wanted, what came of earlier leases (``residuals.py``;
+and whether the action is the baseline) and what was predicted. Names become columns in the order in which they were
+learnt; a name beyond the columns there are, or never learnt, is left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selector.interactions import Action, Candidate, Context
+from selector.residuals import COLUMNS, Residuals
 from selector.validation import LONGEST_NAME, name
 
 Floats = NDArray[np.float64]
@@ -26,16 +28,19 @@ _LOAD = 4
 _BY_TELEMETRY = 2
 _BY_CLASS = 3 + PRECISIONS
 _PREDICTED = 5
+_HISTORY = COLUMNS + 1
 _MOST_KEPT = 256
 # Where the sum of the column counts puts the prediction: always last.
 QOE_FROM_END = _PREDICTED
 
 
 class Features:
-    """Turns (context, candidates) into an array of shape (candidates, width). Learns names, nothing else."""
+    """Turns (context, candidates) into an array of shape (candidates, width). Learns names and, ``with_history``,
+    what came of each device's, its variants', its actions' and its group's leases."""
 
-    def __init__(self, with_prediction: bool) -> None:
+    def __init__(self, with_prediction: bool, with_history: bool = False) -> None:
         self._with_prediction = with_prediction
+        self._residuals = Residuals() if with_history else None
         self._slots = {"class": _Slots(CLASSES), "variant": _Slots(VARIANTS)}
         self._slots |= {"precision": _Slots(PRECISIONS), "telemetry": _Slots(TELEMETRY)}
         self._kept: dict[tuple[int, ...], tuple[tuple[Action, ...], _Actions]] = {}
@@ -46,21 +51,29 @@ class Features:
         return self._with_prediction
 
     @property
+    def with_history(self) -> bool:
+        """Whether columns say what came of earlier leases."""
+        return self._residuals is not None
+
+    @property
     def width(self) -> int:
         """Number of columns; never changes."""
         fixed = _ACTION * _LOAD + CLASSES * _BY_CLASS + VARIANTS + TELEMETRY * _BY_TELEMETRY + 2
-        return fixed + (_PREDICTED if self._with_prediction else 0)
+        return fixed + (_HISTORY if self.with_history else 0) + (_PREDICTED if self._with_prediction else 0)
 
     def state(self) -> dict[str, Any]:
-        """The names by kind, in column order."""
-        return {kind: list(slots.names) for kind, slots in self._slots.items()}
+        """The names by kind, in column order, and the residuals."""
+        names: dict[str, Any] = {kind: list(slots.names) for kind, slots in self._slots.items()}
+        return names | ({} if self._residuals is None else {"residuals": self._residuals.state()})
 
     @classmethod
     def from_state(cls, with_prediction: bool, state: dict[str, Any]) -> Self:
-        """Features with these names. Raises InvalidInput."""
-        features = cls(with_prediction)
-        for kind, names in state.items():
-            for each in names:
+        """Features with these names and residuals. Raises InvalidInput, ValueError or KeyError."""
+        features = cls(with_prediction, "residuals" in state)
+        if "residuals" in state:
+            features._residuals = Residuals.from_state(state["residuals"])
+        for kind in features._slots:
+            for each in state[kind]:
                 features._slots[kind].take(name(kind, each))
         return features
 
@@ -74,6 +87,13 @@ class Features:
         if any(named):
             self._kept.clear()
 
+    def remember(self, context: Context, candidate: Candidate, reward: float) -> None:
+        """What came of this lease; after its row was taken, so that no row knows its own reward."""
+        if self._residuals is not None:
+            expected = candidate.prediction.qoe if self._with_prediction else 0.0
+            action = candidate.action
+            self._residuals.learn(context.device, _group(context), action.variant.digest, action.key, reward - expected)
+
     def rows(self, context: Context, candidates: Sequence[Candidate]) -> Floats:
         """Shape (len(candidates), width), every entry within about ±3; a new array."""
         actions = self._actions(tuple(candidate.action for candidate in candidates))
@@ -86,6 +106,9 @@ class Features:
         load = (action[:, :, None] * _load(context)).reshape(count, _ACTION * _LOAD)
         telemetry = (action[:, [1, 5], None] * self._telemetry(context)).reshape(count, _BY_TELEMETRY * TELEMETRY)
         parts = [load, by_class, variant, telemetry, _switch(context, actions)]
+        if self._residuals is not None:
+            parts.append(self._residuals.columns(context.device, _group(context), actions.digests, actions.keys))
+            parts.append(np.array([[key == context.baseline] for key in actions.keys], dtype=np.float64))
         if self._with_prediction:
             parts.append(_predicted(context, candidates))
         return np.concatenate(parts, axis=1)
@@ -170,6 +193,12 @@ def _telemetry(context: Context) -> list[tuple[str, float]]:
         else:
             found.append((key, math.copysign(min(math.log1p(abs(value)), 3.0), value)))
     return found
+
+
+def _group(context: Context) -> str:
+    """The group of users that the device reports; those who report none are one."""
+    found = context.features.get("group", "")
+    return found if isinstance(found, str) else ""
 
 
 def _for_class(action: Floats) -> Floats:

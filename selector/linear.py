@@ -30,16 +30,22 @@ class _LinearPolicy(Stored):
     """Ridge regression of the reward on the features of the chosen candidate.
 
     ``alpha`` scales the width of the confidence, ``ridge`` the prior precision of every weight. With the prediction
-    among the features its weight starts at 1, so that a new policy follows the prediction.
+    among the features its weight starts at 1, so that a new policy follows the prediction. ``with_history`` adds what
+    came of earlier leases of the device, its variants and its group.
     """
 
     def __init__(
-        self, alpha: float = 0.3, ridge: float = 1.0, epsilon: float = LEAST_SHARE, with_prediction: bool = False
+        self,
+        alpha: float = 0.3,
+        ridge: float = 1.0,
+        epsilon: float = LEAST_SHARE,
+        with_prediction: bool = False,
+        with_history: bool = False,
     ) -> None:
         self._alpha = number("alpha", alpha, 0, 100)
         self._ridge = number("ridge", ridge, 1e-6, 1e6)
         self._epsilon = number("epsilon", epsilon, LEAST_SHARE, 1)
-        self._features = Features(with_prediction)
+        self._features = Features(with_prediction, with_history)
         width = self._features.width
         self._weights = np.zeros(width)
         if with_prediction:
@@ -54,6 +60,7 @@ class _LinearPolicy(Stored):
             "ridge": self._ridge,
             "epsilon": self._epsilon,
             "with_prediction": self._features.with_prediction,
+            "with_history": self._features.with_history,
             "names": self._features.state(),
             "weights": packed(self._weights),
             "inverse": packed(upper),
@@ -62,7 +69,8 @@ class _LinearPolicy(Stored):
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
         """Raises ValueError for arrays of another length."""
-        policy = cls(state["alpha"], state["ridge"], state["epsilon"], state["with_prediction"])
+        settings = (state[each] for each in ("alpha", "ridge", "epsilon", "with_prediction", "with_history"))
+        policy = cls(*settings)
         policy._features = Features.from_state(state["with_prediction"], state["names"])
         width = policy._features.width
         policy._weights = unpacked(state["weights"], (width,))
@@ -82,6 +90,7 @@ class _LinearPolicy(Stored):
         self._weights += direction * ((interaction.reward - float(row @ self._weights)) / scale)
         # An outer product is symmetric to the last bit, so the inverse stays symmetric.
         self._inverse -= np.outer(direction, direction) / scale
+        self._features.remember(context, chosen, interaction.reward)
 
     def _rows(self, context: Context, candidates: Sequence[Candidate]) -> Floats:
         check_context(context)
@@ -111,9 +120,14 @@ class LinTsPolicy(_LinearPolicy):
     kind = "lints"
 
     def __init__(
-        self, alpha: float = 0.1, ridge: float = 1.0, epsilon: float = LEAST_SHARE, with_prediction: bool = False
+        self,
+        alpha: float = 0.1,
+        ridge: float = 1.0,
+        epsilon: float = LEAST_SHARE,
+        with_prediction: bool = False,
+        with_history: bool = False,
     ) -> None:
-        super().__init__(alpha, ridge, epsilon, with_prediction)
+        super().__init__(alpha, ridge, epsilon, with_prediction, with_history)
         self._deviations: Floats | None = None
 
     def learn(self, interaction: Interaction) -> None:

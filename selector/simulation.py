@@ -108,7 +108,8 @@ class Contender:
     """One way to choose, as the benchmark plays it.
 
     ``make_policy`` takes the seed. Without ``calibrates`` predictions stay as the profiles give them; without
-    ``masks`` neither memory, accuracy nor the probability of missing the SLO forbids an action.
+    ``masks`` neither memory, accuracy nor the probability of missing the SLO forbids an action; what devices
+    themselves refuse (more threads than cores, a download on a metered network or a low battery) is refused to all.
     ``exploration.shortlist_size`` EVERYTHING shows the policy all actions. ``uses_prediction`` says whether
     the policy reads ``candidate.prediction``: it divides the learning peers in the report.
     """

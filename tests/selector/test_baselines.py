@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from benchmarks.peers import BoostedResidualPolicy, FlatVowpalWabbitPolicy, NeuralResidualPolicy
-from selector.baselines import FixedPerClassPolicy, FixedPolicy
+from selector.baselines import FixedPerClassPolicy, FixedPolicy, PredictionPolicy, ValuePolicy
 from selector.errors import InvalidInput
 from selector.features import QOE_FROM_END, Features
 from selector.interactions import Candidate, Context, Interaction, Measurement
 from selector.linear import LinTsPolicy, LinUcbPolicy
 from selector.policy import Policy
 from selector.preferences import PreferencePolicy
+from selector.residuals import Residuals
 from selector.reward import QoeFormula
 from selector.tabular import ThompsonPolicy, Ucb1Policy
 from tests.selector.builders import action, candidate, candidates, context, interaction, prediction
@@ -118,6 +119,60 @@ def test_names_get_columns_when_they_are_learnt_and_never_more_than_there_are() 
     assert features.rows(context(device_class="class-99"), some).shape == (2, features.width)
     stored = Features.from_state(False, features.state())
     assert stored.rows(context(), some).tolist() == features.rows(context(), some).tolist()
+
+
+def test_residuals_are_shrunk_and_taken_level_by_level() -> None:
+    """First everything is new: each level takes the whole 0.3 and tells a third of it. Then fleet, device and variant
+    leave 0.3 - 0.1, 0.2 - 0.1 and 0.1 - 0.1."""
+    known = Residuals()
+    known.learn("d1", "staff", "v1", "v1/b1", 0.3)
+    first = known.columns("d1", "staff", ["v1", "v2"], ["v1/b1", "v2/b1"])
+    assert first == pytest.approx(np.array([[0.1, 0.1, 0.1, 0.1], [0.1, 0.0, 0.0, 0.0]]))
+    known.learn("d1", "staff", "v1", "v1/b1", 0.3)
+    device, variant, group, action_itself = known.columns("d1", "staff", ["v1"], ["v1/b1"])[0]
+    assert (device, group) == pytest.approx((0.5 * (0.3 + 0.2) / 2, 0.5 * (0.3 + 0.1) / 2))
+    assert (variant, action_itself) == pytest.approx((0.5 * (0.3 + 0.1) / 2, 0.5 * (0.3 + 0.0) / 2))
+    elsewhere = known.columns("d2", "staff", ["v1"], ["v1/b1"])[0]
+    assert elsewhere == pytest.approx([0.0, 0.0, group, 0.0])
+    assert Residuals.from_state(known.state()).state() == known.state()
+
+
+@pytest.mark.parametrize("with_prediction", [False, True])
+def test_history_tells_devices_groups_and_the_baseline_apart(with_prediction: bool) -> None:
+    plain, told = Features(with_prediction), Features(with_prediction, with_history=True)
+    some = candidates(0.5, 0.6)
+    here = context(features={"group": "staff"}, baseline=some[1].action.key)
+    for features in (plain, told):
+        features.learn(here, some[0])
+        features.remember(here, some[0], 0.9)
+    there = context(device="device-2", features={"group": "staff"}, baseline=some[0].action.key)
+    assert plain.rows(here, some).tolist() == plain.rows(there, some).tolist()
+    differ = np.flatnonzero((told.rows(here, some) != told.rows(there, some)).any(axis=0))
+    assert len(differ) == 4  # device, its variant, its action, the baseline; not the group
+    assert told.rows(here, some).shape == (2, told.width)
+
+
+def test_the_value_policy_takes_the_bonus_into_account() -> None:
+    some = candidate(0, 0.7), candidate(1, prediction=prediction(0.65, bonus=0.1))
+    assert (best(ValuePolicy(), some), best(PredictionPolicy(), some)) == (1, 0)
+
+
+def test_flat_vowpal_wabbit_is_told_the_baseline_if_wanted() -> None:
+    """Whichever action is the baseline is good: only the standing tells it."""
+    some, shares = candidates(0.5, 0.5), []
+    for with_standing in (False, True):
+        policy = FlatVowpalWabbitPolicy(
+            "--cb_explore_adf --epsilon 0.01 -l 0.5 --power_t 0 --cb_type mtr",
+            learns_all_lines=False,
+            with_standing=with_standing,
+        )
+        for number in range(200):
+            situation = context(baseline=some[number // 2 % 2].action.key)
+            is_baseline = number % 2 == number // 2 % 2
+            policy.learn(lesson(some, number % 2, 0.9 if is_baseline else 0.2, context=situation))
+        shares.append([policy.probabilities(context(baseline=each.action.key), some) for each in some])
+    assert np.array_equal(*shares[0])
+    assert [int(np.argmax(each)) for each in shares[1]] == [0, 1]
 
 
 def test_the_prediction_is_last_and_bounded() -> None:

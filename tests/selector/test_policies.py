@@ -26,6 +26,7 @@ from selector.baselines import (
     FixedPolicy,
     PredictionPolicy,
     RandomPolicy,
+    ValuePolicy,
 )
 from selector.errors import CorruptPolicy, InvalidInput
 from selector.interactions import Interaction, Measurement
@@ -43,26 +44,34 @@ MAKERS: dict[str, Callable[[], Policy]] = {
     "fixed": lambda: FixedPolicy(action(1).key),
     "fixed_per_class": lambda: FixedPerClassPolicy({"pi4": [action(1).key]}, [action(0).key]),
     "prediction": PredictionPolicy,
+    "value": ValuePolicy,
     "baseline": BaselinePolicy,
     "epsilon_greedy": EpsilonGreedyPolicy,
     "ucb1": Ucb1Policy,
     "thompson": ThompsonPolicy,
     "linucb": LinUcbPolicy,
     "linucb_with_prediction": lambda: LinUcbPolicy(0.05, with_prediction=True),
+    "linucb_with_history": lambda: LinUcbPolicy(0.05, with_prediction=True, with_history=True),
     "lints": LinTsPolicy,
     "lints_with_prediction": lambda: LinTsPolicy(0.02, with_prediction=True),
     "preferences": lambda: PreferencePolicy({"digits": QoeFormula(slo_p95_ms=60.0)}),
     "neural_residual": NeuralResidualPolicy,
+    "lints_with_history": lambda: LinTsPolicy(0.1, with_history=True),
     "boosted_residual": BoostedResidualPolicy,
+    "boosted_residual_with_history": lambda: BoostedResidualPolicy(with_history=True),
     "flat_squarecb": lambda: FlatVowpalWabbitPolicy(
         FLAT_SQUARECB.format(gamma=1000, rate=0.1), learns_all_lines=False, with_device=True
+    ),
+    "flat_with_standing": lambda: FlatVowpalWabbitPolicy(
+        FLAT_SQUARECB.format(gamma=1000, rate=0.1), learns_all_lines=False, with_device=True, with_standing=True
     ),
     "hosted_default": lambda: FlatVowpalWabbitPolicy(HOSTED_DEFAULT),
 }
 # What learns which action is best from rewards alone, quickly enough for a test.
 LEARNERS = (
     "vw", "epsilon_greedy", "ucb1", "thompson", "linucb", "linucb_with_prediction", "lints", "lints_with_prediction",
-    "neural_residual", "boosted_residual", "flat_squarecb",
+    "neural_residual", "boosted_residual", "flat_squarecb", "linucb_with_history", "lints_with_history",
+    "boosted_residual_with_history", "flat_with_standing",
 )  # fmt: skip
 UPDATED = ("preferences", "hosted_default", *LEARNERS)
 STORED = {name: maker() for name, maker in MAKERS.items()}

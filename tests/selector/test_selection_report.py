@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.selection_report import WorldReport, half_width, interval
-from benchmarks.selection_runs import STRESSED, UNGUARDED, Outcome, budget_violations
+from benchmarks.contenders import WITHOUT_VW
+from benchmarks.selection import large_summary
+from benchmarks.selection_report import WorldReport, half_width, interval, verdicts
+from benchmarks.selection_runs import STRESSED, UNGUARDED, Journal, Outcome, Task, budget_violations
 from selector.simulation import Trace
 from selector.worlds.hardness import Hardness
 
@@ -102,6 +105,39 @@ def test_a_world_that_misses_a_bound_does_not_count() -> None:
     assert full().is_hard() is True
     assert report(rows("analytic argmax", 95.0)).is_hard() is False
     assert report(rows("ours", 95.0)).is_hard() is None
+
+
+def test_what_vowpal_wabbit_alone_adds_is_paired_with_the_same_without_it() -> None:
+    found = report(rows("ours", 98.0, 97.0, role="ours"), rows(WITHOUT_VW, 96.0, 94.0, role="ablation"))
+    alone = found.vw_alone()
+    assert alone is not None
+    assert alone["mean"] == 2.5
+    assert full().vw_alone() is None
+    assert found.summary()["ablation_no_vw_pct"] is None
+
+
+def test_targets_are_judged_in_large_fleets_too() -> None:
+    found = large_summary({"quirks": report(rows("ours", 96.0, 96.0, role="ours"))})["worlds"]["quirks"]
+    assert found["ours_pct"] == 96.0
+    assert "QoE >= 97 % of the oracle" in found["missed"]
+    assert "hosted_default_pct" not in found
+    lines = list(verdicts({"quirks": full()}, ", 500 devices"))
+    assert any(line.startswith("met        quirks, 500 devices: QoE >= 97") for line in lines)
+
+
+def test_a_journal_goes_on_where_it_stopped_and_not_with_other_code(tmp_path: Path) -> None:
+    path, task = tmp_path / "journal", Task("quirks", 1, 2, 5, ("ours",))
+    Journal(path).add(task, ([OURS], HARD))
+    with path.open("a") as file:
+        file.write('{"task": {"world": "cut o')
+    again = Journal(path)
+    assert again.known(task) == ([OURS], HARD)
+    assert again.known(replace(task, seed=2)) is None
+    again.add(replace(task, seed=2), ([OURS], HARD))
+    assert Journal(path).known(replace(task, seed=2)) == ([OURS], HARD)
+    path.write_text('{"code": "other"}\n')
+    with pytest.raises(ValueError, match="other code"):
+        Journal(path)
 
 
 def test_intervals_are_students() -> None:
