@@ -23,7 +23,7 @@ from selector.validation import number
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-# Credit older than about so many decisions is forgotten, so that a good year does not pay for a bad month.
+# Credit older than about so many decisions of a device is forgotten, so that a good year does not pay for a bad month.
 WINDOW = 100.0
 # The allowance of a device's first decisions is there from the start: an early loss has to be earned back by then.
 GRANTED_DECISIONS = 5.0
@@ -36,7 +36,7 @@ CAUTION = 0.03
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a scope stands against its baseline over the last ``WINDOW`` decisions or so.
+    """How a scope stands against its baseline over the last ``WINDOW`` decisions of each of its devices or so.
 
     ``reward`` and ``baseline`` are sums over ``decisions``: what was earned, and what the baseline would have earned.
     ``baseline_residual`` is the mean of reward less prediction where the baseline ran (``baseline_decisions``),
@@ -67,9 +67,10 @@ class Standing:
         """JSON-able; exact."""
         return list(astuple(self))
 
-    def after(self, reward: float, predicted: float, baseline: float, is_baseline: bool) -> Standing:
-        """The standing after one more closed decision; ``baseline`` is what was predicted of the baseline then."""
-        kept = 1.0 - 1.0 / WINDOW
+    def after(self, reward: float, predicted: float, baseline: float, is_baseline: bool, devices: int = 1) -> Standing:
+        """The standing of so many devices after one more closed decision; ``baseline`` is what was predicted of the
+        baseline then."""
+        kept = 1.0 - 1.0 / (WINDOW * devices)
         own, others = self.baseline_decisions * kept, self.other_decisions * kept
         own_residual, other_residual = self.baseline_residual, self.residual
         if is_baseline:
@@ -89,11 +90,11 @@ class Standing:
             other_residual,
         )
 
-    def learnt(self, interaction: Interaction, baseline: Candidate) -> Standing:
-        """The standing after this closed decision, whose candidates held this baseline."""
+    def learnt(self, interaction: Interaction, baseline: Candidate, devices: int = 1) -> Standing:
+        """The standing of so many devices after this closed decision of one, whose candidates held this baseline."""
         chosen = interaction.candidates[interaction.chosen]
         is_baseline = chosen.action.key == baseline.action.key
-        return self.after(interaction.reward, chosen.prediction.qoe, baseline.prediction.qoe, is_baseline)
+        return self.after(interaction.reward, chosen.prediction.qoe, baseline.prediction.qoe, is_baseline, devices)
 
     def credit(self, share: float) -> float:
         """QoE earned above ``(1 - share)`` of the baseline's; negative when the budget is overdrawn.
@@ -123,7 +124,7 @@ def uncovered(cautious: Floats, owed: float, baseline: int, share: float, standi
     grant = share * owed * max(GRANTED_DECISIONS - device.decisions, 0.0)
     credit = device.credit(share) + grant
     if fleet.decisions >= FLEET_DECISIONS:
-        credit = min(credit, fleet.credit(share) + share * fleet.baseline / 2)
+        credit = min(credit, fleet.credit(share) + share * min(fleet.baseline, WINDOW * owed) / 2)
     mask: Mask = (worst < allowance) & (credit + worst < allowance)
     mask[baseline] = False
     return mask

@@ -35,9 +35,9 @@ from selector.effects import (
     prior_variance,
 )
 from selector.errors import InvalidInput
-from selector.interactions import Context, Interaction
+from selector.interactions import Candidate, Context, Interaction
 from selector.queueing import sojourn
-from selector.validation import check_interaction, check_prediction, number
+from selector.validation import check_interaction, check_prediction, number, whole
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
@@ -141,10 +141,20 @@ class Calibration:
         for scope in changed:
             self._rows.setdefault(scope, {"revision": 0})["revision"] += 1
         if baseline is not None:
-            for scope in (scopes[0], scopes[-1]):
-                row = self._rows[scope]
-                row["standing"] = standing_of(row).learnt(interaction, baseline).as_row()
+            self._learn_standings(interaction, baseline)
         return changed
+
+    def _learn_standings(self, interaction: Interaction, baseline: Candidate) -> None:
+        """The device's and the fleet's. Rows say how many devices stand in them, so that the fleet's remembers as much
+        of each as the device's own."""
+        scopes = scopes_of(interaction.context)
+        fleet, device = self._rows[scopes[0]], self._rows[scopes[-1]]
+        if not device.get("devices"):
+            device["devices"] = 1
+            fleet["devices"] = fleet.get("devices", 0) + 1
+        for row in (fleet, device):
+            devices = max(row.get("devices", 1), 1)
+            row["standing"] = standing_of(row).learnt(interaction, baseline, devices).as_row()
 
     def _learn_effects(self, interaction: Interaction) -> bool:
         prediction = interaction.candidates[interaction.chosen].prediction
@@ -220,10 +230,11 @@ class Calibration:
         if _is_changed(rows[-1], quantity, innovation / spread):
             parts = [_reopened(part, innovation) for part in parts]
         total = sum(part[5] for part in parts) + noise
-        softened = innovation * min(1.0, (OUTLIER_Z * math.sqrt(total) / max(abs(innovation), 1e-12)) ** 2)
+        # What is hardly believed makes hardly surer.
+        believed = min(1.0, (OUTLIER_Z * math.sqrt(total) / max(abs(innovation), 1e-12)) ** 2)
         for effects, _, name, _, mean, variance in parts:
-            gain = variance / total
-            learnt = min(max(mean + gain * softened, -LARGEST_EFFECT), LARGEST_EFFECT)
+            gain = believed * variance / total
+            learnt = min(max(mean + gain * innovation, -LARGEST_EFFECT), LARGEST_EFFECT)
             effects[name] = [learnt, variance * (1.0 - gain)]
         return True
 
@@ -293,6 +304,8 @@ def _checked_row(scope: str, row: Mapping[str, Any]) -> Row:
                 str(name): _checked_effect(f"{scope}.{quantity}.{name}", effect)
                 for name, effect in row[quantity].items()
             }
+    if "devices" in row:
+        checked["devices"] = whole(f"{scope}.devices", row["devices"], 0, 2**53)
     if "standing" in row:
         checked["standing"] = Standing.from_row(f"{scope}.standing", row["standing"]).as_row()
     if "surprise" in row:

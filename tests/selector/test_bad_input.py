@@ -176,7 +176,7 @@ def test_no_policy_learns_from_or_answers_what_is_bad(which: str) -> None:
 def test_calibration_learns_nothing_from_what_is_bad_and_keeps_rows_that_can_be_loaded(data: st.DataObject) -> None:
     """Also not from the baseline, which the standing reads and nobody chose."""
     calibration = Calibration()
-    raw = {"raw_a_ms": 4.0, "raw_b_ms": 2.0, "raw_cpu_ms": 6.0, "source": "device"}
+    raw: dict[str, Any] = {"raw_a_ms": 4.0, "raw_b_ms": 2.0, "raw_cpu_ms": 6.0, "source": "device"}
     first, second = (replace(each, prediction=replace(each.prediction, **raw)) for each in candidates(0.7, 0.6))
     measured = Measurement(requests=100, p50_ms=9.0, p95_ms=15.0, service_ms=8.0, cpu_ms_per_request=5.0)
     good = interaction(context=context(baseline=second.action.key), candidates=(first, second), measurement=measured)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from selector.budget import Standing, uncovered
 from selector.calibration import Calibration
 from selector.errors import InvalidInput
 from selector.feasibility import EXPLORATION_BUDGET, PUSH_DEFERRED
@@ -15,7 +17,7 @@ from selector.interactions import Context, Measurement, Ranking
 from selector.policy import Policy
 from selector.ranking import Exploration
 from selector.vw import VowpalWabbitPolicy
-from tests.selector.builders import closed, context, grid, ranked
+from tests.selector.builders import candidate, closed, context, grid, interaction, ranked
 
 ACTIONS = grid()
 BASELINE = ACTIONS[0].key
@@ -124,3 +126,39 @@ def test_otherwise_pushing_goes_on(features: dict[str, float | str]) -> None:
 def test_a_device_that_has_nothing_is_served_even_over_a_metered_network() -> None:
     ranking = ranked(context=situation(features={"network": "metered"}))
     assert not any(each.hard_masks for each in ranking.candidates)
+
+
+def standings_of_a_fleet(rewards: Sequence[float]) -> tuple[Calibration, Context]:
+    """Fifty devices in turn earn this where the baseline was worth 0.8."""
+    calibration, where = Calibration(), situation()
+    some = (replace(candidate(0, 0.8), action=ACTIONS[0]), replace(candidate(1, 0.8), action=ACTIONS[1]))
+    for number, reward in enumerate(rewards):
+        where = situation(device=f"device-{number % 50}")
+        calibration.update(interaction(context=where, candidates=some, chosen=1, reward=reward))
+    return calibration, where
+
+
+def test_the_fleet_remembers_as_much_of_each_device_as_the_device_itself() -> None:
+    """Four in five decisions were bad, though none of the last two hundred."""
+    calibration, where = standings_of_a_fleet([0.3] * 800 + [0.95] * 200)
+    fleet, device = calibration.standings(where)
+    assert fleet.reward / fleet.decisions == pytest.approx(0.43, abs=0.02)
+    assert fleet.decisions == pytest.approx(50 * device.decisions, rel=0.02)
+    assert fleet.credit(0.05) < 0
+    mask = uncovered(np.array([0.8, 0.7]), 0.8, 0, 0.05, (fleet, Standing(50, 45.0, 40.0)))
+    assert mask.tolist() == [False, True]
+
+
+def test_the_devices_of_rows_from_before_they_were_counted_are_counted_as_they_come() -> None:
+    calibration, where = standings_of_a_fleet([0.8] * 100)
+    old = {scope: {key: row[key] for key in row if key != "devices"} for scope, row in calibration.rows().items()}
+    again = Calibration.from_rows(old)
+    assert again.standings(where) == calibration.standings(where)
+    some = interaction(context=where, candidates=(replace(candidate(0, 0.8), action=ACTIONS[0]),))
+    for _ in range(3):
+        again.update(some)
+    assert again.rows()["fleet"]["devices"] == 1
+    assert Calibration.from_rows(again.rows()).rows() == again.rows()
+    without_fleet = Calibration.from_rows({scope: row for scope, row in again.rows().items() if scope != "fleet"})
+    without_fleet.update(some)
+    assert without_fleet.standings(where)[0].decisions == 1

@@ -78,6 +78,18 @@ def test_one_odd_lease_hardly_matters() -> None:
     assert error(calibration, context(), 1.0) < 0.25
 
 
+def test_what_is_hardly_believed_makes_hardly_surer() -> None:
+    """Absurd times in turn, too long and too short: whatever the device is, they do not tell."""
+    calibration = Calibration()
+    learn(calibration, context(), 3, 1.0)
+    sure = calibration.rows()["device:device-1"]["service"]["overall:own"][1]
+    for number in range(3, 13):
+        calibration.update(lease(calibration, context(), number, math.exp(4.0 if number % 2 else -4.0)))
+    mean, variance = calibration.rows()["device:device-1"]["service"]["overall:own"]
+    assert variance > 0.8 * sure
+    assert abs(mean) < 0.3
+
+
 @pytest.mark.parametrize("slow", [0.25, 2.0, 4.0])
 def test_a_lasting_change_is_known_after_three_leases(slow: float) -> None:
     calibration = Calibration()

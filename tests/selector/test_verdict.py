@@ -109,7 +109,7 @@ def test_without_evidence_nothing_is_claimed(entries: list[Interaction], reason:
     [
         ((candidate(0, 0.5, 0.8), candidate(1, 0.5, math.nan)), "probability"),
         ((candidate(0, 0.5, 0.8), candidate(1, 0.5, -0.1)), "probability"),
-        ((candidate(0, 0.5, 0.8), candidate(1, 0.5, None)), "probability"),
+        ((candidate(0, 0.5, 0.8), candidate(1, 0.5, math.inf)), "probability"),
         ((candidate(0, 0.5, 0.8), candidate(1, 0.5, 0.9)), "probabilities"),
         ((candidate(0, 0.5, 0.8), candidate(1, math.nan, 0.2)), "qoe"),
         ((candidate(0, 0.5, 0.5), candidate(1, 0.5, 0.2), candidate(1, 0.5, 0.2)), "twice"),
