@@ -1,8 +1,9 @@
 """Everyone who plays in `python -m benchmarks.selection`: ours, its ablations, references in hindsight and peers.
 
 Peers stand at the best settings that were found on the tuning worlds of `selector/worlds/constants.py`
-(`peer_settings.py`), never on the reported ones; the hosted default stands as it was. Whoever learns over features is
-told what ours is told: which device it is, the baseline, what runs, and what came of the device's and group's leases.
+(`peer_settings.py`), never on the reported ones; the hosted default stands as it was. Who learns over features is told
+what ours is told (which device it is, the baseline, what runs, what came of the leases of the device and its group),
+unless it was better without.
 """
 
 from __future__ import annotations
@@ -123,13 +124,14 @@ def without_prediction() -> tuple[Contender, ...]:
         Contender("UCB1 per device", lambda _: Ucb1Policy(width=0.1), exploration=NO_SLO_MASK),
         Contender("Thompson per device", lambda _: ThompsonPolicy(noise_sd=0.1, prior=0.5), exploration=NO_SLO_MASK),
         Contender("LinUCB", lambda _: LinUcbPolicy(alpha=0.1, ridge=0.05), exploration=NO_SLO_MASK),
-        Contender("LinTS", lambda _: LinTsPolicy(alpha=0.1, ridge=0.2), exploration=NO_SLO_MASK),
+        Contender("LinTS", lambda _: LinTsPolicy(alpha=0.1, ridge=0.2, with_history=True), exploration=NO_SLO_MASK),
         Contender(
             "VW squarecb, flat",
             lambda seed: FlatVowpalWabbitPolicy(
                 f"{FLAT_SQUARECB.format(gamma=100_000, rate=0.5)} --random_seed {seed}",
                 learns_all_lines=False,
                 with_device=True,
+                with_standing=True,
             ),
             exploration=NO_SLO_MASK,
         ),
@@ -137,23 +139,17 @@ def without_prediction() -> tuple[Contender, ...]:
 
 
 def with_prediction() -> tuple[Contender, ...]:
-    """Learners that use our uncalibrated prediction: as a feature, as what a residual is learnt of, or as a mask."""
+    """Learners that use our uncalibrated prediction, as a feature or as what a residual is learnt of; and as a mask."""
     return (
         Contender(
-            "LinUCB, SLO mask",
-            lambda _: LinUcbPolicy(alpha=0.1, ridge=0.2),
-            uses_prediction=True,
-            exploration=ALL,
-        ),
-        Contender(
             "LinUCB + prediction",
-            lambda _: LinUcbPolicy(alpha=0.03, with_prediction=True),
+            lambda _: LinUcbPolicy(alpha=0.03, with_prediction=True, with_history=True),
             uses_prediction=True,
             exploration=ALL,
         ),
         Contender(
             "LinTS + prediction",
-            lambda _: LinTsPolicy(alpha=0.02, with_prediction=True),
+            lambda _: LinTsPolicy(alpha=0.02, with_prediction=True, with_history=True),
             uses_prediction=True,
             exploration=ALL,
         ),
@@ -165,7 +161,7 @@ def with_prediction() -> tuple[Contender, ...]:
         ),
         Contender(
             "boosted trees on residual",
-            lambda seed: BoostedResidualPolicy(epsilon=0.001, seed=seed),
+            lambda seed: BoostedResidualPolicy(epsilon=0.001, seed=seed, with_history=True),
             uses_prediction=True,
             exploration=ALL,
         ),

@@ -1,8 +1,8 @@
 """Which settings are best for each peer? Plays a grid per peer on the tuning worlds, never on the reported ones.
 
-`contenders.py` holds the winners. Worlds are `queueing-tuning` and `quirks-tuning` of `selector/worlds/constants.py`
-with a seed of ``TUNING_SEEDS``; the measure is QoE in % of the oracle over the whole run, which is what the benchmark
-reports. `python -m benchmarks.peer_settings --only LinUCB` plays one peer.
+Worlds are the three tuning instances of `selector/worlds/constants.py` with a seed of ``TUNING_SEEDS``; the measure is
+QoE in % of the oracle over the whole run, which is what the benchmark reports. Each setting is tried without and with
+what tells devices apart ("history", "standing"). `python -m benchmarks.peer_settings --only LinUCB` plays one peer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import product
 import numpy as np
 
 from benchmarks.contenders import ALL, NO_SLO_MASK, SHORTLIST
+from benchmarks.latency_table import load
 from benchmarks.peers import FLAT_SQUARECB, BoostedResidualPolicy, FlatVowpalWabbitPolicy, NeuralResidualPolicy
 from selector.linear import LinTsPolicy, LinUcbPolicy
 from selector.policy import Policy
@@ -24,7 +25,8 @@ from selector.simulation import Contender, play
 from selector.tabular import ThompsonPolicy, Ucb1Policy
 from selector.worlds.constants import TUNING_SEEDS, make_world
 
-WORLDS = ("queueing-tuning", "quirks-tuning")
+WORLDS = ("queueing-tuning", "quirks-tuning", "table-tuning")
+BOTH = (False, True)
 
 
 def grid() -> Iterator[Contender]:
@@ -33,21 +35,27 @@ def grid() -> Iterator[Contender]:
         yield _plain(f"UCB1, width {width}", partial(Ucb1Policy, width))
     for noise_sd, prior in product((0.03, 0.1, 0.3), (0.3, 0.5, 0.8)):
         yield _plain(f"Thompson, noise_sd {noise_sd} prior {prior}", partial(ThompsonPolicy, noise_sd, prior))
-    for alpha, ridge in product((0.03, 0.1, 0.3, 1.0), (0.05, 0.2, 1.0)):
-        yield _plain(f"LinUCB, alpha {alpha} ridge {ridge}", partial(LinUcbPolicy, alpha, ridge))
-        yield _plain(f"LinTS, alpha {alpha} ridge {ridge}", partial(LinTsPolicy, alpha, ridge))
-    for gamma, rate in product((1000, 5000, 20_000, 100_000), (0.1, 0.5)):
+    for alpha, ridge, told in product((0.03, 0.1, 0.3, 1.0), (0.05, 0.2, 1.0), BOTH):
+        setting = f"alpha {alpha} ridge {ridge}{_history(told)}"
+        yield _plain(f"LinUCB, {setting}", partial(LinUcbPolicy, alpha, ridge, with_history=told))
+        yield _plain(f"LinTS, {setting}", partial(LinTsPolicy, alpha, ridge, with_history=told))
+    for gamma, rate, told in product((1000, 5000, 20_000, 100_000), (0.1, 0.5), BOTH):
         arguments = FLAT_SQUARECB.format(gamma=gamma, rate=rate)
-        make = partial(FlatVowpalWabbitPolicy, arguments, learns_all_lines=False, with_device=True)
-        yield _plain(f"VW squarecb, gamma {gamma} rate {rate}", make)
-    for alpha, ridge in product((0.01, 0.02, 0.03, 0.1, 0.3), (0.2, 1.0)):
-        setting = f"alpha {alpha} ridge {ridge}"
+        make = partial(FlatVowpalWabbitPolicy, arguments, learns_all_lines=False, with_device=True, with_standing=told)
+        yield _plain(f"VW squarecb, gamma {gamma} rate {rate}{' standing' if told else ''}", make)
+    for alpha, ridge, told in product((0.01, 0.02, 0.03, 0.1, 0.3), (0.2, 1.0), BOTH):
+        setting = f"alpha {alpha} ridge {ridge}{_history(told)}"
         for name, linear in (("LinUCB + prediction", LinUcbPolicy), ("LinTS + prediction", LinTsPolicy)):
-            yield _predicting(f"{name}, {setting}", partial(linear, alpha, ridge, with_prediction=True))
-    for epsilon, exploration in product((0.001, 0.03), (ALL, SHORTLIST)):
-        setting = f"epsilon {epsilon} of {exploration.shortlist_size}"
+            make = partial(linear, alpha, ridge, with_prediction=True, with_history=told)
+            yield _predicting(f"{name}, {setting}", make)
+    for epsilon, exploration, told in product((0.001, 0.03), (ALL, SHORTLIST), BOTH):
+        setting = f"epsilon {epsilon} of {exploration.shortlist_size}{_history(told)}"
         for name, residual in (("neural network", NeuralResidualPolicy), ("boosted trees", BoostedResidualPolicy)):
-            yield _predicting(f"{name}, {setting}", partial(residual, epsilon), exploration)
+            yield _predicting(f"{name}, {setting}", partial(residual, epsilon, with_history=told), exploration)
+
+
+def _history(told: bool) -> str:
+    return " history" if told else ""
 
 
 def _plain(name: str, make_policy: Callable[[], Policy]) -> Contender:
@@ -61,7 +69,8 @@ def _predicting(name: str, make_policy: Callable[[], Policy], exploration: Explo
 def qoe_pct(contender: Contender, world: str, devices: int, steps: int) -> float:
     """QoE in % of the oracle in one run."""
     seed = TUNING_SEEDS[0]
-    trace = play(make_world(world, seed, devices, steps), contender, seed)
+    table = load()[0] if world.startswith("table") else ()
+    trace = play(make_world(world, seed, devices, steps, table), contender, seed)
     return 100.0 * float(trace.qoe.sum() / trace.oracle.sum())
 
 

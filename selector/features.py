@@ -29,7 +29,7 @@ _BY_TELEMETRY = 2
 _BY_CLASS = 3 + PRECISIONS
 _PREDICTED = 5
 _HISTORY = COLUMNS + 1
-_MOST_KEPT = 256
+_MOST_KEPT, _MOST_ACTIONS = 256, 4096
 # Where the sum of the column counts puts the prediction: always last.
 QOE_FROM_END = _PREDICTED
 
@@ -44,6 +44,7 @@ class Features:
         self._slots = {"class": _Slots(CLASSES), "variant": _Slots(VARIANTS)}
         self._slots |= {"precision": _Slots(PRECISIONS), "telemetry": _Slots(TELEMETRY)}
         self._kept: dict[tuple[int, ...], tuple[tuple[Action, ...], _Actions]] = {}
+        self._single: dict[int, tuple[Action, list[float]]] = {}
 
     @property
     def with_prediction(self) -> bool:
@@ -86,6 +87,7 @@ class Features:
         named = self._slots["variant"].take(variant.digest[:12]), self._slots["precision"].take(variant.precision)
         if any(named):
             self._kept.clear()
+            self._single.clear()
 
     def remember(self, context: Context, candidate: Candidate, reward: float) -> None:
         """What came of this lease; after its row was taken, so that no row knows its own reward."""
@@ -120,7 +122,7 @@ class Features:
         if found is not None:
             return found[1]
         made = _Actions(
-            np.array([self._action(action) for action in actions], dtype=np.float64),
+            np.array([self._kept_action(action) for action in actions], dtype=np.float64),
             [action.key for action in actions],
             [action.variant.digest for action in actions],
         )
@@ -128,6 +130,16 @@ class Features:
             self._kept.clear()
         # The actions are kept too: an identity is only unique while its object lives.
         self._kept[identities] = actions, made
+        return made
+
+    def _kept_action(self, action: Action) -> list[float]:
+        found = self._single.get(id(action))
+        if found is not None and found[0] is action:
+            return found[1]
+        if len(self._single) >= _MOST_ACTIONS:
+            self._single.clear()
+        made = self._action(action)
+        self._single[id(action)] = action, made
         return made
 
     def _action(self, action: Action) -> list[float]:

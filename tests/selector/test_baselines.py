@@ -171,7 +171,7 @@ def test_flat_vowpal_wabbit_is_told_the_baseline_if_wanted() -> None:
             is_baseline = number % 2 == number // 2 % 2
             policy.learn(lesson(some, number % 2, 0.9 if is_baseline else 0.2, context=situation))
         shares.append([policy.probabilities(context(baseline=each.action.key), some) for each in some])
-    assert np.array_equal(*shares[0])
+    assert np.array_equal(shares[0][0], shares[0][1])
     assert [int(np.argmax(each)) for each in shares[1]] == [0, 1]
 
 

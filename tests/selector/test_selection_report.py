@@ -101,6 +101,13 @@ def test_targets_say_met_missed_or_not_judged() -> None:
     assert alone["regret <= 0.12x of the hosted default"] is None
 
 
+def test_a_fleet_that_had_too_few_decisions_to_recover_is_not_judged() -> None:
+    asked = "back within 2 points of the oracle in <= 10 decisions"
+    for drift, expected in (((90.0,) * 8, None), ((90.0,) * 11, False), ((90.0,) * 2 + (99.0,) * 4, True)):
+        targets = {each: met for each, met, _ in report(rows("ours", 98.0, role="ours", drift_pct=drift)).targets()}
+        assert targets[asked] is expected
+
+
 def test_a_world_that_misses_a_bound_does_not_count() -> None:
     assert full().is_hard() is True
     assert report(rows("analytic argmax", 95.0)).is_hard() is False
