@@ -41,8 +41,8 @@ def grid() -> Iterator[Contender]:
         yield _plain(f"LinTS, {setting}", partial(LinTsPolicy, alpha, ridge, with_history=told))
     for gamma, rate, told in product((1000, 5000, 20_000, 100_000), (0.1, 0.5), BOTH):
         arguments = FLAT_SQUARECB.format(gamma=gamma, rate=rate)
-        make = partial(FlatVowpalWabbitPolicy, arguments, learns_all_lines=False, with_device=True, with_standing=told)
-        yield _plain(f"VW squarecb, gamma {gamma} rate {rate}{' standing' if told else ''}", make)
+        flat = partial(FlatVowpalWabbitPolicy, arguments, learns_all_lines=False, with_device=True, with_standing=told)
+        yield _plain(f"VW squarecb, gamma {gamma} rate {rate}{' standing' if told else ''}", flat)
     for alpha, ridge, told in product((0.01, 0.02, 0.03, 0.1, 0.3), (0.2, 1.0), BOTH):
         setting = f"alpha {alpha} ridge {ridge}{_history(told)}"
         for name, linear in (("LinUCB + prediction", LinUcbPolicy), ("LinTS + prediction", LinTsPolicy)):
