@@ -99,8 +99,9 @@ TEMPLATES = [
 # -- database, broker, cache -----------------------------------------------------------------------------------------
 
 DATABASE_URL = env_secret("DATABASE_URL", f"sqlite:///{DATA_DIR / 'db.sqlite3'}") or ""
-# Under ASGI every request has a thread of its own, so a connection kept after it would only leak.
-DATABASES: dict[str, Any] = {"default": dj_database_url.parse(DATABASE_URL, conn_max_age=0)}
+# Under ASGI most requests have a thread of their own, so a connection kept after them would only leak. Where threads
+# stay, so does theirs (connections.py), and is checked before each use.
+DATABASES: dict[str, Any] = {"default": dj_database_url.parse(DATABASE_URL, conn_max_age=0, conn_health_checks=True)}
 if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
     DATABASES["default"]["OPTIONS"] = {
         "transaction_mode": "IMMEDIATE",

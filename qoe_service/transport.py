@@ -1,5 +1,5 @@
-"""What stands between the ASGI server and Django: a limit on bodies, wake-up streams without a thread each, and a short
-way for the looks that follow when a whole fleet is woken.
+"""What stands between the ASGI server and Django: a limit on bodies, and a short way for what must be quick when a
+whole fleet comes at once: wake-up streams, looks at desired documents, and console pages.
 """
 
 from __future__ import annotations
@@ -7,18 +7,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
-from asgiref.sync import sync_to_async
-from django.core.handlers.asgi import ASGIHandler, ASGIRequest
+from django.core.handlers.asgi import ASGIRequest
 from django.core.handlers.base import BaseHandler
 from django.db import connection
-from django.http import HttpResponse
+from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 
+from qoe_service.connections import keep_connection
 from qoe_service.observability import adopt_trace_id, new_trace_id
 from qoe_service.problems import CONTENT_TYPE, headers_of, problem_of, too_large
 
@@ -30,73 +31,100 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_WAKE_UP_PATH = re.compile(r"^/api/v1/devices/[^/]+/wake-up$")
-_LOOK_PATH = re.compile(r"^/api/v1/devices/[^/]+/desired$")
-# So few that a fleet which looks at once leaves the interpreter to the console now and then.
-LOOK_THREADS = 4
+WAKE_UP_PATH = re.compile(r"^/api/v1/devices/[^/]+/wake-up$")
+LOOK_PATH = re.compile(r"^/api/v1/devices/[^/]+/desired$")
+PAGE_PATH = re.compile(r"^/(?:(?:devices|applications|decisions)/.*)?$")
+# So few that a fleet which looks at once, or comes back at once, leaves the interpreter to the console now and then.
+WAKE_UP_THREADS, LOOK_THREADS, PAGE_THREADS = 1, 4, 4
+WAKE_UP_REST_S = 0.001
 # A client that is still sending sees a reset instead of our answer, so some of the rest is read and thrown away.
 DRAINED_FACTOR = 8
 DRAINED_S = 10.0
 
 
-class SharedThreadHandler(ASGIHandler):
-    """Django's handler without a thread for every request.
-
-    Django keeps one thread per request for its synchronous parts until the answer is complete; a wake-up stream
-    lasts for minutes. Here these parts run on the one thread that the process shares, which keeps its connection: a
-    fleet that comes back after a restart would otherwise open one for each device.
-    """
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await sync_to_async(_keep_connection)()
-        await self.handle(scope, receive, send)
-
-
-def _keep_connection() -> None:
-    """Of this thread, for one request more, unless it is broken."""
-    connection.close_at = None
-
-
-class LookHandler(BaseHandler):
-    """Django's handler for looks at the desired document: all of it on one of a few threads that keep a connection.
+class ThreadsHandler(BaseHandler):
+    """Django's handler for GETs, with all of a request on one of a few threads that keep a database connection.
 
     Under ASGI Django changes threads for every synchronous middleware, and gives each request a thread and a database
-    connection of its own; a look costs less than that. Views and middleware are the same.
+    connection of its own, a wake-up stream for minutes; what is asked here costs less than that. Views and middleware
+    are the same. What a view streams is sent by the event loop, and holds no thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, *, threads: int, rest_s: float = 0.0) -> None:
+        """``rest_s`` is how long a thread leaves the processor to others after each request."""
         super().__init__()
         self.load_middleware()
-        self._threads = ThreadPoolExecutor(LOOK_THREADS, thread_name_prefix="look")
+        self._rest_s = rest_s
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del receive  # a GET: whatever body it may have is not read
+        # It is a GET: whatever body it may have is not read.
         answer = await asyncio.get_running_loop().run_in_executor(self._threads, self._answer, scope)
-        answer.setdefault("Content-Length", str(len(answer.content)))
-        headers = [(name.lower().encode("ascii"), value.encode("latin1")) for name, value in answer.items()]
-        await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
-        await send({"type": "http.response.body", "body": answer.content})
+        if isinstance(answer, StreamingHttpResponse):
+            await _send_while_connected(answer, receive, send)
+        else:
+            assert isinstance(answer, HttpResponse), "an answer is whole or a stream"
+            answer.setdefault("Content-Length", str(len(answer.content)))
+            await send(_head(answer))
+            await send({"type": "http.response.body", "body": answer.content})
 
-    def _answer(self, scope: Scope) -> HttpResponse:
+    def _answer(self, scope: Scope) -> HttpResponseBase:
+        keep_connection()
         answer = self.get_response(ASGIRequest(scope, BytesIO()))
-        assert isinstance(answer, HttpResponse), "a look is answered at once, not streamed"
         if connection.errors_occurred:
             connection.close()
+        time.sleep(self._rest_s)
         return answer
 
 
-def route(*, wake_ups: Application, looks: Application, everything_else: Application) -> Application:
-    """Sends wake-up streams and looks at desired documents to applications of their own, and the rest to the third."""
+async def _send_while_connected(answer: StreamingHttpResponse, receive: Receive, send: Send) -> None:
+    """Sends a stream to its end, or until the client goes away."""
+    sending = asyncio.create_task(_send_stream(answer, send))
+    leaving = asyncio.create_task(_until_gone(receive))
+    try:
+        await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        sending.cancel()
+        leaving.cancel()
+        await asyncio.wait({sending, leaving})
+    if not sending.cancelled():
+        sending.result()
 
-    def choose(scope: Scope) -> Application:
-        if scope["type"] != "http" or scope["method"] != "GET":
-            return everything_else
-        if _WAKE_UP_PATH.match(scope["path"]):
-            return wake_ups
-        return looks if _LOOK_PATH.match(scope["path"]) else everything_else
+
+async def _send_stream(answer: StreamingHttpResponse, send: Send) -> None:
+    await send(_head(answer))
+    async for part in answer:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _head(answer: HttpResponseBase) -> Message:
+    headers = [(name.lower().encode("ascii"), value.encode("latin1")) for name, value in answer.items()]
+    cookies = [(b"set-cookie", cookie.output(header="").strip().encode("ascii")) for cookie in answer.cookies.values()]
+    return {"type": "http.response.start", "status": answer.status_code, "headers": headers + cookies}
+
+
+def short_ways() -> dict[re.Pattern[str], ThreadsHandler]:
+    """What is quick when a whole fleet comes at once, by path. Django is set up before."""
+    return {
+        WAKE_UP_PATH: ThreadsHandler("wake-up", threads=WAKE_UP_THREADS, rest_s=WAKE_UP_REST_S),
+        LOOK_PATH: ThreadsHandler("look", threads=LOOK_THREADS),
+        PAGE_PATH: ThreadsHandler("page", threads=PAGE_THREADS),
+    }
+
+
+def route(ways: Mapping[re.Pattern[str], Application], *, otherwise: Application) -> Application:
+    """Sends GETs of the paths that match to applications of their own, and the rest to ``otherwise``."""
 
     async def routed(scope: Scope, receive: Receive, send: Send) -> None:
-        await choose(scope)(scope, receive, send)
+        is_get = scope["type"] == "http" and scope["method"] == "GET"
+        found = (application for path, application in ways.items() if is_get and path.match(scope["path"]))
+        await next(found, otherwise)(scope, receive, send)
 
     return routed
 

@@ -41,7 +41,7 @@ def desired_document(request: HttpRequest, device_id: Identifier) -> HttpRespons
 
 
 @router.get("/devices/{device_id}/wake-up", response={200: None})
-async def wake_up(request: HttpRequest, device_id: Identifier) -> StreamingHttpResponse:
+def wake_up(request: HttpRequest, device_id: Identifier) -> StreamingHttpResponse:
     """Server-sent events: ``wake`` with the version of the desired document, now and at every change."""
     device = device_of(request, device_id)
     return StreamingHttpResponse(

@@ -23,6 +23,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from device_agents.wire import WakeUp
+from qoe_service.connections import keep_connection
 from qoe_service.observability import WAKE_UP_CLIENTS
 from qoe_service.rollouts import changes, desired
 
@@ -213,7 +214,7 @@ def _hang_up() -> None:
 
 
 def _query(query: Callable[[], Value]) -> Value:
-    connection.close_if_unusable_or_obsolete()
+    keep_connection()
     try:
         return query()
     except DatabaseError:

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 
 import httpx
 import pytest
+from django.contrib.auth.hashers import ScryptPasswordHasher
 
 from device_agents.wire import Problem, SignedDesired
-from qoe_service.transport import LOOK_THREADS
+from qoe_service.transport import LOOK_THREADS, PAGE_THREADS, WAKE_UP_THREADS
 from tests.qoe_service.served import MAX_BODY_BYTES, Served
 
 ENROL = "/api/v1/devices/enrol"
+# Each of these threads keeps one; the watcher has one more.
+KEPT_CONNECTIONS = LOOK_THREADS + PAGE_THREADS + WAKE_UP_THREADS + 1
+PASSWORD = "correct horse battery staple"
 
 
 def chunks(total: int) -> Iterator[bytes]:
@@ -79,10 +84,41 @@ def test_looks_share_a_few_database_connections_and_outlive_a_database_that_fail
     mine = {"Authorization": f"Bearer {device.credential}"}
     with httpx.Client(headers=mine) as client:
         assert {client.get(url).status_code for _ in range(20)} == {200}
-        assert served.open_database_files() <= LOOK_THREADS + 1
+        assert served.open_database_files() <= KEPT_CONNECTIONS
         served.execute("ALTER TABLE rollouts_desiredversion RENAME TO gone")
         try:
             assert client.get(url).status_code == 500
         finally:
             served.execute("ALTER TABLE gone RENAME TO rollouts_desiredversion")
         assert client.get(url).status_code == 200
+
+
+def signed_in(served: Served, client: httpx.Client, name: str) -> None:
+    """By the form, as a person does."""
+    served.execute(
+        "INSERT INTO auth_user (username, password, is_superuser, is_staff, is_active, first_name, last_name, email,"
+        " date_joined) VALUES (?, ?, 1, 1, 1, '', '', '', '2026-06-01 12:00:00')",
+        name,
+        ScryptPasswordHasher().encode(PASSWORD, "s" * 22),
+    )
+    token = re.search(r'name="csrfmiddlewaretoken" value="([^"]+)"', client.get("/login/").text)
+    assert token is not None
+    answer = client.post(
+        "/login/", data={"username": name, "password": PASSWORD, "csrfmiddlewaretoken": token[1]}, follow_redirects=True
+    )
+    assert answer.url.path == "/", "nobody is sent back to the form"
+
+
+def test_console_pages_go_a_short_way_that_keeps_its_connections_and_sets_its_cookies(served: Served) -> None:
+    with httpx.Client(base_url=served.url) as client:
+        asked = client.get("/?page=2")
+        assert (asked.status_code, asked.headers["Location"]) == (302, "/login/?next=/%3Fpage%3D2")
+        signed_in(served, client, "ada")
+        del client.cookies["csrftoken"]
+        page = client.get("/")
+        assert page.status_code == 200
+        assert page.headers["Content-Security-Policy"]
+        assert client.cookies["csrftoken"], "the form that logs out needs it"
+        assert {client.get("/").status_code for _ in range(20)} == {200}
+        assert client.get("/devices/nobody/").status_code == 404
+        assert served.open_database_files() <= KEPT_CONNECTIONS
