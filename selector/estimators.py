@@ -1,14 +1,14 @@
 """Off-policy values with intervals, from arrays. Knows no interaction and no policy. Empirical likelihood is in
 `empirical_likelihood.py`, confidence sequences for unbounded terms in `sequences.py`.
 
-Arrays have shape (decisions,): ``rewards`` in [0, 1]; ``propensities``, the logged probability of the logged
-action; ``targets``, the probability of the logged action under the policy to be valued; ``model``, a
-prediction of the logged action's reward; ``model_target``, its expectation under the target. Sources: Dudik,
-Langford & Li, "Doubly robust policy evaluation and learning" (ICML 2011); Swaminathan & Joachims (NeurIPS
-2015) for SNIPS; Kong (1992) for the effective sample size; Waudby-Smith & Ramdas, "Estimating means of
-bounded random variables by betting" (JRSS B 2024), theorem 2, for the confidence sequence; Chernozhukov et al.,
-"Double/debiased machine learning" (2018) for cross-fitting; Cameron & Miller
-(2015) for clustered errors; Cochran (1977) for stratified ones.
+Arrays have shape (decisions,) and are finite: ``rewards``, in [0, 1] where bounds are not given (IPS, SNIPS and DR need
+none); ``propensities``, the logged probability of the logged action; ``targets``, the probability of the logged action
+under the policy to be valued; ``model``, a prediction of the logged action's reward; ``model_target``, its expectation
+under the target. Sources: Dudik, Langford & Li, "Doubly robust policy evaluation and learning" (ICML 2011); Swaminathan
+& Joachims (NeurIPS 2015) for SNIPS; Kong (1992) for the effective sample size; Waudby-Smith & Ramdas, "Estimating means
+of bounded random variables by betting" (JRSS B 2024), theorem 2, for the confidence sequence; Chernozhukov et al.,
+"Double/debiased machine learning" (2018) for cross-fitting; Cameron & Miller (2015) for clustered errors; Cochran
+(1977) for stratified ones.
 """
 
 from __future__ import annotations
@@ -47,16 +47,17 @@ def effective_sample_size(weights: ArrayLike) -> float:
     >>> effective_sample_size([1.0, 1.0, 0.0, 0.0])
     2.0
     """
-    each = np.asarray(weights, dtype=np.float64)
+    each = vector("weights", weights)
+    if (each < 0).any():
+        raise InvalidInput("weights", "must not be negative")
     squares = float(np.sum(each * each))
     return float(np.sum(each)) ** 2 / squares if squares > 0 else 0.0
 
 
 def importance_weights(propensities: ArrayLike, targets: ArrayLike) -> Floats:
     """target / propensity, checked: propensities in (0, 1], targets in [0, 1]."""
-    logged, wanted = vector("propensities", propensities), vector("targets", targets)
-    if logged.shape != wanted.shape:
-        raise InvalidInput("targets", f"has {wanted.size} entries for {logged.size} propensities")
+    logged = vector("propensities", propensities)
+    wanted = beside("targets", targets, logged.size)
     if (logged <= 0).any() or (logged > 1 + 1e-9).any():
         raise InvalidInput("propensities", "must be in (0, 1]")
     if (wanted < 0).any() or (wanted > 1 + 1e-9).any():
@@ -70,7 +71,8 @@ def ips_terms(rewards: ArrayLike, propensities: ArrayLike, targets: ArrayLike) -
     >>> float(ips_terms([1.0, 0.5], [0.5, 0.25], [1.0, 0.0]).mean())
     1.0
     """
-    return importance_weights(propensities, targets) * vector("rewards", rewards)
+    weights = importance_weights(propensities, targets)
+    return weights * beside("rewards", rewards, weights.size)
 
 
 def snips(rewards: ArrayLike, propensities: ArrayLike, targets: ArrayLike) -> float:
@@ -80,8 +82,9 @@ def snips(rewards: ArrayLike, propensities: ArrayLike, targets: ArrayLike) -> fl
     0.75
     """
     weights = importance_weights(propensities, targets)
+    values = beside("rewards", rewards, weights.size)
     total = float(weights.sum())
-    return float((weights * vector("rewards", rewards)).sum()) / total if total > 0 else 0.0
+    return float((weights * values).sum()) / total if total > 0 else 0.0
 
 
 def dr_terms(
@@ -93,7 +96,9 @@ def dr_terms(
     [1.25]
     """
     weights = importance_weights(propensities, targets)
-    return vector("model_target", model_target) + weights * (vector("rewards", rewards) - vector("model", model))
+    count = weights.size
+    residual = beside("rewards", rewards, count) - beside("model", model, count)
+    return beside("model_target", model_target, count) + weights * residual
 
 
 def dr_cross_fitted(
@@ -125,11 +130,9 @@ def dr_cross_fitted(
     )
     if logged.shape != wanted.shape:
         raise InvalidInput("target_features", f"has {wanted.shape[1]} columns for {logged.shape[1]} features")
-    names = np.arange(values.size) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    if names.size != values.size:
-        raise InvalidInput("clusters", f"has {names.size} entries for {values.size} rewards")
-    if isinstance(folds, bool) or not 2 <= folds <= names.max() + 1:
-        raise InvalidInput("folds", f"must be between 2 and the number of clusters, {names.max() + 1}")
+    names = np.arange(values.size) if clusters is None else _groups("clusters", clusters, values.size)
+    if isinstance(folds, bool) or not isinstance(folds, int) or not 2 <= folds <= names.max() + 1:
+        raise InvalidInput("folds", f"must be an integer between 2 and the number of clusters, {names.max() + 1}")
     model, model_target = np.empty(values.size), np.empty(values.size)
     for fold in range(folds):
         held = names % folds == fold
@@ -152,7 +155,7 @@ def fixed_n(terms: ArrayLike, clusters: Sequence[str] | None = None, effective: 
     """
     values = vector("terms", terms)
     mean = float(values.mean())
-    groups = np.arange(values.size) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    groups = np.arange(values.size) if clusters is None else _groups("clusters", clusters, values.size)
     count = int(groups.max()) + 1
     sums = np.bincount(groups, weights=values - mean)
     variance = math.inf if count < 2 else float(np.sum(sums**2)) * count / (count - 1) / values.size**2
@@ -172,7 +175,7 @@ def fixed_n_within(terms: ArrayLike, strata: Sequence[str], effective: float | N
     """
     values = vector("terms", terms)
     mean = float(values.mean())
-    groups = np.unique(np.asarray(strata), return_inverse=True)[1]
+    groups = _groups("strata", strata, values.size)
     sizes = np.bincount(groups)
     centres = np.where(sizes > 1, np.bincount(groups, weights=values) / sizes, mean)
     squares = np.bincount(groups, weights=(values - centres[groups]) ** 2)
@@ -197,8 +200,8 @@ def confidence_sequence(
     bounds.
     """
     values = vector("terms", terms)
-    if not low < high:
-        raise InvalidInput("high", "must be above low")
+    number("alpha", alpha, 1e-9, 1 - 1e-9)
+    _check_bounds(low, high)
     if values.min() < low - 1e-9 or values.max() > high + 1e-9:
         raise InvalidInput("terms", f"must be between {low:g} and {high:g}")
     x = np.clip((values - low) / (high - low), 0.0, 1.0)
@@ -234,13 +237,16 @@ def paired_lift(
     """How much better the logged decisions were than the target on the same decisions: mean of reward - DR
     term."""
     value = dr_terms(rewards, propensities, targets, model=model, model_target=model_target)
-    terms = vector("rewards", rewards) - value
+    terms = beside("rewards", rewards, value.size) - value
     return fixed_n(terms, clusters, effective_sample_size(importance_weights(propensities, targets)))
 
 
 def vector(field: str, values: ArrayLike) -> Floats:
     """The values as finite float64 of shape (n,), n > 0; InvalidInput naming the field otherwise."""
-    vector = np.asarray(values, dtype=np.float64)
+    try:
+        vector = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInput(field, "must be numbers") from error
     if vector.ndim != 1 or vector.size == 0:
         raise InvalidInput(field, "must be a non-empty vector")
     if not np.isfinite(vector).all():
@@ -248,16 +254,34 @@ def vector(field: str, values: ArrayLike) -> Floats:
     return vector
 
 
+def beside(field: str, values: ArrayLike, count: int) -> Floats:
+    """The values as finite float64 of shape (count,), one for each logged decision; InvalidInput naming the field."""
+    found = vector(field, values)
+    if found.size != count:
+        raise InvalidInput(field, f"has {found.size} entries for {count} decisions")
+    return found
+
+
 def bounded_rewards(rewards: ArrayLike, count: int, low: float, high: float) -> Floats:
     """The rewards as finite float64 of shape (count,), all in [low, high]; InvalidInput naming the field otherwise."""
-    values = vector("rewards", rewards)
-    if values.size != count:
-        raise InvalidInput("rewards", f"has {values.size} entries for {count} propensities")
-    if not low < high:
-        raise InvalidInput("high", "must be above low")
+    values = beside("rewards", rewards, count)
+    _check_bounds(low, high)
     if values.min() < low - 1e-9 or values.max() > high + 1e-9:
         raise InvalidInput("rewards", f"must be between {low:g} and {high:g}")
     return values
+
+
+def _check_bounds(low: float, high: float) -> None:
+    if number("low", low) >= number("high", high):
+        raise InvalidInput("high", "must be above low")
+
+
+def _groups(field: str, names: Sequence[str], count: int) -> NDArray[np.intp]:
+    """Which group each decision belongs to, shape (count,), numbered from 0."""
+    groups = np.unique(np.asarray(names), return_inverse=True)[1]
+    if groups.shape != (count,):
+        raise InvalidInput(field, f"has {len(names)} entries for {count} decisions")
+    return groups
 
 
 def _matrix(field: str, values: ArrayLike, rows: int) -> Floats:

@@ -4,8 +4,9 @@ no variant.
 Sources: mean wait of M/G/c by Sakasegawa (1977), ``rho^(sqrt(2(c+1))-1) / (c (1-rho))`` services times half
 the squared coefficients of variation (Allen-Cunneen); batch size under load as the fixed point of Inoue,
 "Queueing analysis of GPU-based inference servers with dynamic batching" (Performance Evaluation 2021): what
-arrives during one service is the next batch, ``n = lambda (a n + b) / c``. For b = 1, c = 1 the mean is
-exactly Pollaczek-Khinchine's.
+arrives during one service is the next batch, ``n = lambda (a n + b) / c``. For batches of 1 and c = 1 the mean is
+exactly Pollaczek-Khinchine's, up to STEEP_FROM. Percentiles are made for service times that hardly vary: under
+exponential ones p95 comes out 6 to 24 % low (M/M/c, c 1 to 4, rho 0.3 to 0.9; 200,000 played requests each).
 """
 
 from __future__ import annotations

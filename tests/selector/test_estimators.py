@@ -374,6 +374,7 @@ def test_off_policy_sequences_refuse_what_makes_no_sense(bad: dict[str, Any]) ->
         {"target_features": np.ones((4, 2))},
         {"clusters": ["a", "b"]},
         {"folds": 1},
+        {"folds": 2.5},
         {"folds": 5},
         {"ridge": 0.0},
     ],
@@ -391,3 +392,52 @@ def test_cross_fitting_refuses_what_makes_no_sense(bad: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput) as refused:
         estimators.dr_cross_fitted(**arguments)
     assert refused.value.field == next(iter(bad))
+
+
+LOG: dict[str, Any] = {"rewards": REWARDS, "propensities": PROPENSITIES, "targets": TARGETS}
+MODEL: dict[str, Any] = {"model": REWARDS, "model_target": REWARDS}
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize(
+    ("estimator", "arguments"),
+    [
+        (estimators.ips_terms, LOG),
+        (estimators.snips, LOG),
+        (estimators.dr_terms, LOG | MODEL),
+        (cressie_read, LOG),
+        (off_policy_sequence, LOG),
+    ],
+)
+def test_arrays_of_another_length_are_refused_never_stretched(
+    estimator: Callable[..., object], arguments: dict[str, Any], length: int
+) -> None:
+    for field in arguments:
+        with pytest.raises(InvalidInput):
+            estimator(**arguments | {field: [0.5] * length})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "a", None, 10**400])
+def test_what_is_no_finite_number_is_refused_by_name(value: Any) -> None:
+    for field in LOG:
+        with pytest.raises(InvalidInput, match=field):
+            estimators.snips(**LOG | {field: [value, 0.5, 0.5, 0.5]})
+
+
+def test_groups_of_another_length_are_refused_by_name() -> None:
+    with pytest.raises(InvalidInput, match="clusters"):
+        estimators.fixed_n([1.0, 0.0, 1.0], ["a", "b"])
+    with pytest.raises(InvalidInput, match="strata"):
+        estimators.fixed_n_within([1.0, 0.0, 1.0], ["a", "b"])
+
+
+@pytest.mark.parametrize("bad", [{"alpha": 0.0}, {"alpha": 3.0}, {"high": math.inf}, {"low": math.nan}, {"low": 2.0}])
+def test_a_confidence_sequence_refuses_what_makes_no_sense(bad: dict[str, float]) -> None:
+    with pytest.raises(InvalidInput):
+        estimators.confidence_sequence(REWARDS, **bad)
+
+
+@pytest.mark.parametrize("weights", [[math.nan, 1.0], [-1.0, 1.0], []])
+def test_an_effective_sample_needs_weights(weights: list[float]) -> None:
+    with pytest.raises(InvalidInput, match="weights"):
+        estimators.effective_sample_size(weights)
