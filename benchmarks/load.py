@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 GRACE_S = 1.0
+LARGEST_PART = 1 << 16  # larger ones would cost two system calls for memory each
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Connection:
 
     def receive(self) -> int | None:
         """The status once the whole answer is here; raises OSError when the server hung up."""
-        part = self.socket.recv(1 << 18)
+        part = self.socket.recv(LARGEST_PART)
         if not part:
             raise ConnectionError("closed")
         self._received += part

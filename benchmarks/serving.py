@@ -39,9 +39,10 @@ from benchmarks.serving_http import (
     wait_until_answering,
 )
 from benchmarks.serving_models import CONV, DENSE, KINDS, TINY, BenchmarkModel
-from device_agents.executor import Executor, ServedModel
+from device_agents.executor import Executor
 from device_agents.lease import LeaseAccount
 from device_agents.profiler import warm_up
+from device_agents.served import ServedModel
 from device_agents.store import Identity, Record, Store
 from device_agents.wire import DesiredApplication, ServingConfiguration, UpdateState, VariantReference
 
@@ -70,7 +71,10 @@ KEYS_OF = {
 
 
 def compare_inprocess(folder: Path, *, seconds: float, repetitions: int) -> dict[str, float | None]:
-    """Rows per second of ``infer`` by as many threads as cores, against the same threads on the bare session."""
+    """Rows per second of ``infer`` by as many threads as cores, against the same threads on the bare session.
+
+    Both take turns of a moment each, in alternating order: what else the machine does hits them alike.
+    """
     callers, ratios = len(os.sched_getaffinity(0)), {}
     for model in (DENSE, CONV):
         path = model.write(folder)
@@ -80,32 +84,42 @@ def compare_inprocess(folder: Path, *, seconds: float, repetitions: int) -> dict
         configuration = ServingConfiguration(max_batch=16, max_concurrency=callers)
         executor.swap(ServedModel(session, configuration, "0" * 64, None, account, time.monotonic()))
         x = model.inputs()
-        rounds = []
-        for _ in range(repetitions):
-            bare = _rate(partial(session._session.run, None, x), callers, seconds)
-            rounds.append(_rate(partial(executor.infer, x), callers, seconds) / bare)
+        bare, ours = partial(session._session.run, None, x), partial(executor.infer, x)
+        rounds = [_ratio(ours, bare, callers, seconds, is_first=bool(each % 2)) for each in range(repetitions)]
         executor.close()
         ratios[model.name] = statistics.median(rounds)
         print(
-            f"  {model.name:<6} infer / bare ONNX Runtime {ratios[model.name]:.3f} of {[round(r, 3) for r in rounds]}"
+            f"  {model.name:<6} infer / bare ONNX Runtime {ratios[model.name]:.3f}, median of {len(rounds)} turns,"
+            f" {min(rounds):.3f} to {max(rounds):.3f}"
         )
     return {"inprocess_vs_bare": min(ratios.values())}
 
 
+def _ratio(
+    ours: Callable[[], object], bare: Callable[[], object], callers: int, seconds: float, *, is_first: bool
+) -> float:
+    first, second = (_rate(work, callers, seconds) for work in ((ours, bare) if is_first else (bare, ours)))
+    return first / second if is_first else second / first
+
+
 def _rate(work: Callable[[], object], callers: int, seconds: float) -> float:
-    counts, ends_s = [0] * callers, time.monotonic() + seconds
+    """Calls per second by ``callers`` threads, each until its last call has ended."""
+    rates = [0.0] * callers
 
     def loop(index: int) -> None:
-        while time.monotonic() < ends_s:
+        count, began_s = 0, time.monotonic()
+        now_s = began_s
+        while now_s < began_s + seconds:
             work()
-            counts[index] += 1
+            count, now_s = count + 1, time.monotonic()
+        rates[index] = count / (now_s - began_s)
 
     threads = [threading.Thread(target=loop, args=(index,)) for index in range(callers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(counts) / seconds
+    return sum(rates)
 
 
 # -- idle --------------------------------------------------------------------------------------------------------------
@@ -210,7 +224,7 @@ def run(part: str, folder: Path, *, models: Sequence[BenchmarkModel], quick: boo
     """One part."""
     match part:
         case "inprocess":
-            return compare_inprocess(folder, seconds=0.4 if quick else 2.0, repetitions=3 if quick else 7)
+            return compare_inprocess(folder, seconds=0.15 if quick else 0.3, repetitions=10 if quick else 60)
         case "http":
             return compare_goodput(folder, models=models or KINDS, seconds=2.5)
         case "added":

@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.serving_models import BenchmarkModel
-from device_agents.control import Choice, ServiceTimes, batch_sizes, start, utility
+from device_agents.control import Choice, batch_sizes, utility
 from device_agents.errors import Overloaded
-from device_agents.executor import Executor, ServedModel
+from device_agents.executor import Executor
 from device_agents.lease import LeaseAccount
 from device_agents.profiler import warm_up
 from device_agents.scheduling import Scheduler, SloScheduler
+from device_agents.served import ServedModel
+from device_agents.service_times import ServiceTimes, start
 from device_agents.wire import ServingConfiguration
 
 MAX_BATCH, MAX_CONCURRENCY = 16, 2
@@ -68,7 +70,7 @@ class Fixed:
     def predict_ms(self, rows: int, concurrency: int) -> float:
         return self.times.predict_ms(rows, concurrency)
 
-    def observed(self, *, rows: int, service_ms: float, concurrency: int) -> None:
+    def observed(self, *, rows: int, service_ms: float, concurrency: float) -> None:
         self.times = self.times.observed(rows=rows, service_ms=service_ms, concurrency=concurrency)
 
 

@@ -1,14 +1,35 @@
-"""Whether a request fits the model that is to answer it. Nothing is queued or run here."""
+"""Whether a request fits the model that is to answer it, and the time that is left. Nothing is queued or run here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 from device_agents.batching import rows_of
-from device_agents.errors import BadRequest
+from device_agents.errors import BadRequest, Overloaded
 from device_agents.runtime import Array, Session
+from device_agents.scheduling import Scheduler
 
 LARGEST_REQUEST_ROWS = 1024
+REMEMBERED_FORMS = 64
+
+
+class Admission:
+    """What the inputs of one session must be. Forms that were found to fit are remembered."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._rows_of: dict[tuple[tuple[str, object, tuple[int, ...]], ...], int] = {}
+
+    def rows(self, inputs: Mapping[str, Array]) -> int:
+        """Rows of a request that fits the model; raises BadRequest saying what does not fit."""
+        form = tuple([(name, array.dtype, array.shape) for name, array in inputs.items()])
+        rows = self._rows_of.get(form)
+        if rows is None:
+            rows = check_inputs(inputs, self.session)
+            if len(self._rows_of) < REMEMBERED_FORMS:
+                self._rows_of[form] = rows
+        return rows
 
 
 def check_inputs(inputs: Mapping[str, Array], session: Session) -> int:
@@ -33,3 +54,25 @@ def check_inputs(inputs: Mapping[str, Array], session: Session) -> int:
     if (rows := rows_of(inputs)) > LARGEST_REQUEST_ROWS:
         raise BadRequest(f"{rows} rows in one request, at most {LARGEST_REQUEST_ROWS} are served")
     return rows
+
+
+def refusal(
+    scheduler: Scheduler,
+    *,
+    waits: int,
+    most: int,
+    rows_ahead: int,
+    rows: int,
+    left_ms: float,
+    running_ms: Callable[[], float],
+) -> Overloaded | None:
+    """Why a request of ``rows`` had better not wait behind ``waits`` others, with ``left_ms`` until its deadline."""
+    if left_ms == math.inf and waits < most:
+        return None
+    expected_ms = scheduler.expected_ms(rows_ahead=rows_ahead, rows=rows, running_ms=running_ms())
+    if waits >= most:
+        return Overloaded(f"{waits} requests are waiting", retry_after_s=max(1.0, expected_ms / 1000))
+    if expected_ms > left_ms:
+        late = f"{waits} requests are waiting: an answer would take about {expected_ms:.0f} ms"
+        return Overloaded(f"{late}, {left_ms:.0f} ms are left", retry_after_s=1.0)
+    return None

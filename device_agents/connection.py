@@ -14,6 +14,36 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 LARGEST_HEAD_BYTES = 64 * 1024
 SLOWEST_REQUEST_S = 30.0
 LINGER_S = 1.0
+CONTINUE = b"HTTP/1.1 100 "
+
+
+class WholeAnswers:
+    """A transport that holds the head of an answer back until its body comes: one packet instead of two."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Sends ``data`` behind the head that was held back, if it is not a head itself."""
+        if not self._head and data.endswith(b"\r\n\r\n") and not data.startswith(CONTINUE):
+            self._head = data
+            return
+        head, self._head = self._head, b""
+        self._transport.write(head + data)
+
+    def flush(self) -> None:
+        """Sends a head that has no body."""
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        """Ends the connection once everything is out."""
+        self.flush()
+        self._transport.close()
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -32,7 +62,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A client came; it has a while to ask."""
-        super().connection_made(transport)
+        self._answers = WholeAnswers(transport)
+        super().connection_made(self._answers)  # type: ignore[arg-type]  # all else is the transport's own
         self._expect_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -57,6 +88,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """An answer is out."""
+        self._answers.flush()
         super().on_response_complete()
         if self._has_client_ended and not self.transport.is_closing():
             self.transport.close()

@@ -14,96 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from device_agents.batching import count_to_join
+from device_agents.service_times import ServiceTimes
 
-CONTROLLER_VERSION = "slo-1"
+CONTROLLER_VERSION = "slo-2"
 
-MEMORY = 0.97  # of what was learnt, per run: about the last thirty runs count
-PRIOR_RUNS = 0.5  # what the warm-up's fit weighs at either end of the line, in runs
-LARGEST_SURPRISE = 1.5  # of a run, by its prediction: stalls move what is learnt towards the typical run, not the mean
-LARGEST_TAIL = 1.5
-TAIL_SHARE, TAIL_STEP = 0.9, 0.02
-CONCURRENCY_STEP = 0.03
-DOUBT = (
-    0.0003  # per run alone, of what is believed about runs at once: what was true of a busy neighbour is tried again
-)
 WORTHWHILE_GAIN = 1.05  # of throughput, for one more run at once
 BUSY_SHARE = 0.85  # of its capacity, up to which a plan is called enough
 HOPELESS_RUNS = 2.0  # an SLO below this many runs of one row cannot be planned for: the device does what it can
 RATE_WINDOW_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceTimes:
-    """What runs take on this device: ``(a_ms * rows + b_ms) * slowdown[concurrency - 1]``, learnt from every run.
-
-    ``tail`` is the factor on a prediction that nine of ten runs stay below. ``prior`` is the line that the warm-up
-    measured: its shape is kept as long as runs do not vary in size, its level follows the device.
-    """
-
-    prior: tuple[float, float]
-    a_ms: float
-    b_ms: float
-    tail: float = 1.1
-    level: float = 1.0
-    slowdown: tuple[float, ...] = (1.0,)
-    slowdown_prior: tuple[float, ...] = (1.0,)
-    sums: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)
-
-    def predict_ms(self, rows: int, concurrency: int = 1) -> float:
-        """Expected time of one run while ``concurrency`` runs are under way, this one included.
-
-        >>> start(0.5, 2.0, max_concurrency=2, cores=2).predict_ms(4)
-        4.0
-        """
-        return (self.a_ms * rows + self.b_ms) * self.slowdown[min(concurrency, len(self.slowdown)) - 1]
-
-    def observed(self, *, rows: int, service_ms: float, concurrency: int = 1) -> ServiceTimes:
-        """With one more run known."""
-        expected_ms = max(self.predict_ms(rows, concurrency), 1e-6)
-        surprise = min(max(service_ms / expected_ms, 1 / LARGEST_SURPRISE), LARGEST_SURPRISE)
-        # A step up weighs nine times one down, so that the factor settles where one run in ten is above it.
-        step = TAIL_STEP * (TAIL_SHARE if service_ms > self.tail * expected_ms else TAIL_SHARE - 1)
-        tail = min(max(self.tail + step, 1.02), LARGEST_TAIL)
-        if concurrency > 1:
-            index = min(concurrency, len(self.slowdown)) - 1
-            # Equal steps up and down settle at the median, which stalls do not move.
-            slower = self.slowdown[index] * (1 + math.copysign(CONCURRENCY_STEP, service_ms - expected_ms))
-            slowdown = (*self.slowdown[:index], min(max(slower, 0.5), 4.0 * (index + 1)), *self.slowdown[index + 1 :])
-            return replace(self, tail=tail, slowdown=slowdown)
-        return self._refitted(rows=rows, service_ms=surprise * expected_ms, tail=tail)
-
-    def _refitted(self, *, rows: int, service_ms: float, tail: float) -> ServiceTimes:
-        """Weighted least squares by relative error, with the prior at both ends of the line."""
-        prior_a, prior_b = self.prior
-        level = self.level + 0.1 * (service_ms / max(prior_a * rows + prior_b, 1e-6) - self.level)
-        weight = 1.0 / service_ms**2
-        added = (weight, weight * rows, weight * rows * rows, weight * service_ms, weight * rows * service_ms)
-        w, n, nn, t, nt = (MEMORY * old + new for old, new in zip(self.sums, added, strict=True))
-        sums = (w, n, nn, t, nt)
-        for size in (1, 16):
-            expected_ms = max(level * (prior_a * size + prior_b), 1e-6)
-            share = PRIOR_RUNS / expected_ms**2
-            w, n, nn = w + share, n + share * size, nn + share * size * size
-            t, nt = t + share * expected_ms, nt + share * size * expected_ms
-        determinant = max(w * nn - n * n, 1e-9 * w * nn)  # never nothing, whatever rounding makes of it
-        a_ms = max(0.0, (w * nt - n * t) / determinant)
-        b_ms = (t - a_ms * n) / w
-        if b_ms < 0:
-            a_ms, b_ms = nt / nn, 0.0
-        slowdown = tuple(
-            now + DOUBT * (before - now) for now, before in zip(self.slowdown, self.slowdown_prior, strict=True)
-        )
-        return replace(self, a_ms=a_ms, b_ms=b_ms, tail=tail, level=level, slowdown=slowdown, sums=sums)
-
-
-def start(a_ms: float, b_ms: float, *, max_concurrency: int, cores: int, threads: int = 1) -> ServiceTimes:
-    """What is believed before the first run: runs beside each other slow down only beyond the cores.
-
-    >>> start(1.0, 0.0, max_concurrency=3, cores=2).slowdown
-    (1.0, 1.0, 1.5)
-    """
-    slowdown = tuple(max(1.0, running * threads / max(1, cores)) for running in range(1, max_concurrency + 1))
-    return ServiceTimes(prior=(a_ms, b_ms), a_ms=a_ms, b_ms=b_ms, slowdown=slowdown, slowdown_prior=slowdown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +58,7 @@ def plan(times: ServiceTimes, *, rate_rps: float, slo_ms: float, max_batch: int,
     what a batch and a concurrency are good for. For each concurrency the best batch is taken, then the concurrency
     that answers most of what arrives, and among equals the one that answers soonest.
 
+    >>> from device_agents.service_times import start
     >>> conv, dense = (start(a, b, max_concurrency=2, cores=2) for a, b in ((4.0, 0.1), (0.2, 4.0)))
     >>> plan(conv, rate_rps=50, slo_ms=10, max_batch=16, max_concurrency=2).batch
     1
@@ -179,7 +98,7 @@ def batch_sizes(largest: int) -> list[int]:
 
 def deadline_s(times: ServiceTimes, *, arrived_s: float, slo_ms: float) -> float:
     """By when a request should be answered: an SLO that no run can meet gives way to what the device can do."""
-    return arrived_s + max(slo_ms, HOPELESS_RUNS * times.predict_ms(1)) / 1000.0
+    return arrived_s + max(slo_ms, HOPELESS_RUNS * times.typical_ms(1)) / 1000.0
 
 
 def expected_ms(times: ServiceTimes, bounds: Plan, *, rows_ahead: int, rows: int, running_ms: float) -> float:
@@ -210,6 +129,7 @@ def choose(
     back in order to fill a batch. Where all can be answered in time, the batch is the one that answers soonest on the
     mean: all at once for a model that gains by batching, one by one for a model that does not.
 
+    >>> from device_agents.service_times import start
     >>> conv, dense = (start(a, b, max_concurrency=1, cores=1) for a, b in ((4.0, 0.1), (0.2, 4.0)))
     >>> bounds = Plan(batch=8, concurrency=1)
     >>> choose([(50.0, 1)] * 4, times=conv, bounds=bounds, running=0, free_callers=1)
@@ -277,8 +197,8 @@ def _taken(waiting: Sequence[tuple[float, int]], *, batch: int, run_ms: float, i
 def _worthwhile_concurrency(times: ServiceTimes, max_concurrency: int) -> int:
     """As many runs at once as throughput grows by."""
     concurrency = 1
-    for more in range(2, min(max_concurrency, len(times.slowdown)) + 1):
-        if more / times.slowdown[more - 1] < WORTHWHILE_GAIN * concurrency / times.slowdown[concurrency - 1]:
+    for more in range(2, max_concurrency + 1):
+        if more / times.slowdown(more) < WORTHWHILE_GAIN * concurrency / times.slowdown(concurrency):
             break
         concurrency = more
     return concurrency

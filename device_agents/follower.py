@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_agents.errors import AgentError
-from device_agents.executor import Executor, ServedModel
+from device_agents.executor import Executor
 from device_agents.lease import LEASE_ID_PREFIX
+from device_agents.served import ServedModel
 from device_agents.states import is_under_way
 from device_agents.store import Record
 from device_agents.update import Machine, Tools

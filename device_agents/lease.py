@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter, deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from device_agents.wire import Components
 
 BUCKET_GROWTH = 1.02
+LOG_GROWTH = math.log(BUCKET_GROWTH)
 SMALLEST_MS = 0.01
 LEASE_ID_PREFIX = "lease-"
+FOLD_EVERY = 64  # runs: their cost is counted together, when the code for it is in the processor's cache
 
 
-@dataclass(frozen=True)
-class Answered:
+class Answered(NamedTuple):
     """What one request cost. All times in milliseconds; ``cpu_ms`` is its share of the run it was part of."""
 
     latency_ms: float
@@ -34,7 +36,7 @@ class Histogram:
 
     def add(self, value_ms: float) -> None:
         """Counts one value."""
-        self._counts[round(math.log(max(value_ms, SMALLEST_MS) / SMALLEST_MS) / math.log(BUCKET_GROWTH))] += 1
+        self._counts[round(math.log(max(value_ms, SMALLEST_MS) / SMALLEST_MS) / LOG_GROWTH)] += 1
         self.count += 1
 
     def quantile(self, share: float) -> float | None:
@@ -45,6 +47,12 @@ class Histogram:
             if rank <= 0:
                 return float(SMALLEST_MS * BUCKET_GROWTH**bucket)
         return None
+
+
+class _Ended(NamedTuple):
+    pieces: Sequence[tuple[int, float]]
+    answers: Sequence[Answered]
+    concurrency: int
 
 
 class LeaseAccount:
@@ -66,11 +74,29 @@ class LeaseAccount:
         self._rows = 0
         self._batches: Counter[int] = Counter()
         self._concurrency: Counter[int] = Counter()
+        self._unfolded: deque[_Ended] = deque()
 
-    def answered(self, answer: Answered) -> None:
-        """Counts a request that got its answer."""
-        with self._lock:
-            if self._closed_s is None:
+    def ended(self, pieces: Sequence[tuple[int, float]], answers: Sequence[Answered], *, concurrency: int) -> None:
+        """Counts one run, (rows, milliseconds) of each piece that the runtime ran, and the answers that came of it.
+
+        ``concurrency`` runs were under way when it began.
+        """
+        self._unfolded.append(_Ended(pieces, answers, concurrency))
+        if len(self._unfolded) >= FOLD_EVERY:
+            with self._lock:
+                self._fold()
+
+    def _fold(self) -> None:
+        while self._unfolded:
+            ended = self._unfolded.popleft()
+            if self._closed_s is not None:
+                continue
+            for rows, service_ms in ended.pieces:
+                self._batches[rows] += 1
+                self._concurrency[ended.concurrency] += 1
+                self._rows += rows
+                self._service_ms += service_ms
+            for answer in ended.answers:
                 self._latencies.add(answer.latency_ms)
                 self._hits += answer.latency_ms <= self._slo_ms
                 self._cpu_ms += answer.cpu_ms
@@ -81,18 +107,10 @@ class LeaseAccount:
             if self._closed_s is None:
                 self._errors += 1
 
-    def ran(self, *, rows: int, concurrency: int, service_ms: float) -> None:
-        """Counts one run of the runtime over ``rows`` rows, while ``concurrency`` runs were under way."""
-        with self._lock:
-            if self._closed_s is None:
-                self._batches[rows] += 1
-                self._concurrency[concurrency] += 1
-                self._rows += rows
-                self._service_ms += service_ms
-
     def close(self, clock_s: float) -> bool:
         """Ends the lease; False when it was already over."""
         with self._lock:
+            self._fold()
             if self._closed_s is not None:
                 return False
             self._closed_s = clock_s
@@ -115,12 +133,14 @@ class LeaseAccount:
     def health(self) -> tuple[int, int, float | None]:
         """Requests, errors among them, and the p95 latency: what a health gate judges."""
         with self._lock:
+            self._fold()
             return self._latencies.count + self._errors, self._errors, self._latencies.quantile(0.95)
 
     def components(self, clock_s: float) -> Components:
         """The lease in the words of the wire. A lease without requests has counts only."""
         active_s = self.active_s(clock_s)
         with self._lock:
+            self._fold()
             answered, runs = self._latencies.count, self._batches.total()
             requests = answered + self._errors
             return Components(

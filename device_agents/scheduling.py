@@ -16,14 +16,13 @@ from device_agents.control import (
     ArrivalRate,
     Choice,
     Plan,
-    ServiceTimes,
     choose,
     deadline_s,
     expected_ms,
     plan,
-    start,
 )
 from device_agents.runtime import SAMPLED, SHORT_MS, Session
+from device_agents.service_times import ServiceTimes, start
 from device_agents.wire import ServingConfiguration
 
 PLAN_EVERY_S = 0.2
@@ -56,8 +55,8 @@ class Scheduler(Protocol):
     def predict_ms(self, rows: int, concurrency: int) -> float:
         """How long a run is expected to take; zero when nothing is known."""
 
-    def observed(self, *, rows: int, service_ms: float, concurrency: int) -> None:
-        """One run has ended."""
+    def observed(self, *, rows: int, service_ms: float, concurrency: float) -> None:
+        """One run has ended, beside which ``concurrency - 1`` others were under way on the mean."""
 
 
 class PlainScheduler:
@@ -107,7 +106,7 @@ class PlainScheduler:
         del rows, concurrency
         return self._run_ms
 
-    def observed(self, *, rows: int, service_ms: float, concurrency: int) -> None:
+    def observed(self, *, rows: int, service_ms: float, concurrency: float) -> None:
         """Moves the mean."""
         del rows, concurrency
         self._run_ms += (0.1 if self._run_ms else 1.0) * (service_ms - self._run_ms)
@@ -174,7 +173,7 @@ class SloScheduler:
         """By the lines that were learnt."""
         return self.times.predict_ms(rows, concurrency)
 
-    def observed(self, *, rows: int, service_ms: float, concurrency: int) -> None:
+    def observed(self, *, rows: int, service_ms: float, concurrency: float) -> None:
         """Learns from one run; from one in ``SAMPLED`` where learning would cost more than the run."""
         self._runs += 1
         if service_ms < SHORT_MS and self._runs % SAMPLED:
@@ -193,7 +192,7 @@ def scheduler_for(
     """The scheduler that a configuration asks for. ``before`` ran the same session: what it learnt stays known."""
     if not configuration.controller:
         return PlainScheduler(configuration, runs_at_once=runs_at_once)
-    if isinstance(before, SloScheduler) and len(before.times.slowdown) == configuration.max_concurrency:
+    if isinstance(before, SloScheduler) and len(before.times.cores_slowdown) == configuration.max_concurrency:
         times = before.times
     else:
         a_ms, b_ms = session.line

@@ -14,17 +14,19 @@ import math
 import secrets
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from concurrent.futures import Future
 from typing import Any
 
 from pydantic import ValidationError
 
 from device_agents.control import CONTROLLER_VERSION
 from device_agents.errors import AgentError, BadRequest, BodyTooLarge, NotFound, Overloaded
-from device_agents.executor import Executor, ServedModel
+from device_agents.executor import Executor
 from device_agents.inference_protocol import decode_request, encode_answer
 from device_agents.lease import LEASE_ID_PREFIX
 from device_agents.metrics import model_statistics, prometheus_text
 from device_agents.runtime import Tensor
+from device_agents.served import ServedModel
 from device_agents.spool import Kept
 from device_agents.wire import Feedback
 
@@ -173,8 +175,8 @@ class InferenceServer:
         else:
             request = decode_request(body, json_size=json_size, inputs=served.session.inputs)
         within_ms = _patience_ms(request.parameters)
-        future = executor.submit(request.inputs, within_ms=within_ms, own_thread_ms=RUN_IN_LOOP_MS)
-        answer = future.result() if future.done() else await asyncio.wrap_future(future)
+        found = executor.answer_or_submit(request.inputs, within_ms=within_ms, own_thread_ms=RUN_IN_LOOP_MS)
+        answer = await asyncio.wrap_future(found) if isinstance(found, Future) else found
         encoded = encode_answer(request, answer.outputs, model_name=executor.model_name, model_version=MODEL_VERSION)
         reply_headers: Headers = [OCTETS if encoded.json_size else JSON]
         reply_headers.append((b"x-model-digest", answer.served.digest.encode()))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from device_agents.control import utility
-from device_agents.runtime import RunCost
+from device_agents.lease import FOLD_EVERY, Answered
 
 WINDOW_S = 10
 
@@ -34,6 +37,15 @@ class _Second:
     in_time: int = 0
     missed: int = 0
     latency_ms: float = 0.0
+
+
+class _Ended(NamedTuple):
+    pieces: Sequence[tuple[int, float]]
+    answers: Sequence[Answered]
+    cpu_ms: float
+    slo_ms: float
+    now_s: float
+    wall_clock_s: float
 
 
 @dataclass(frozen=True)
@@ -63,36 +75,38 @@ class Statistics:
     in_time: int = 0
     late: int = 0
     shed_requests: int = 0
+    _unfolded: deque[_Ended] = field(default_factory=deque)
     _seconds: deque[_Second] = field(default_factory=lambda: deque(maxlen=WINDOW_S + 2))
 
-    def ran(self, *, rows: int, cost: RunCost) -> None:
-        """Counts one run."""
-        with self.lock:
-            self.runs += 1
-            self.inferences += rows
-            self.batches[rows].add(cost.service_ms)
-            self.cpu_ms += cost.cpu_ms
-
-    def answered(
-        self,
-        *,
-        latency_ms: float,
-        queue_ms: float,
-        service_ms: float,
-        is_in_time: bool,
-        now_s: float,
-        wall_clock_s: float,
+    def ended(
+        self, pieces: Sequence[tuple[int, float]], answers: Sequence[Answered], *, cpu_ms: float, slo_ms: float
     ) -> None:
-        """Counts one answered request."""
+        """Counts one run, (rows, milliseconds) of each piece that the runtime ran, and the answers that came of it."""
+        self._unfolded.append(_Ended(pieces, answers, cpu_ms, slo_ms, time.monotonic(), time.time()))
+        if len(self._unfolded) >= FOLD_EVERY:
+            self.fold()
+
+    def fold(self) -> None:
+        """Counts what has ended so far: to be called before the counts are read."""
         with self.lock:
-            self.success.add(latency_ms)
-            self.queue.add(queue_ms)
-            self.infer.add(service_ms)
-            self.last_inference_ms = round(wall_clock_s * 1000)
-            second = self._second(now_s)
-            second.answered += 1
-            second.latency_ms += latency_ms
-            if is_in_time:
+            while self._unfolded:
+                self._count(self._unfolded.popleft())
+
+    def _count(self, ended: _Ended) -> None:
+        self.runs += len(ended.pieces)
+        self.cpu_ms += ended.cpu_ms
+        for rows, service_ms in ended.pieces:
+            self.inferences += rows
+            self.batches[rows].add(service_ms)
+        self.last_inference_ms = round(ended.wall_clock_s * 1000)
+        second = self._second(ended.now_s)
+        second.answered += len(ended.answers)
+        for answer in ended.answers:
+            self.success.add(answer.latency_ms)
+            self.queue.add(answer.queue_ms)
+            self.infer.add(answer.service_ms)
+            second.latency_ms += answer.latency_ms
+            if answer.latency_ms <= ended.slo_ms:
                 self.in_time += 1
                 second.in_time += 1
             else:
@@ -101,6 +115,7 @@ class Statistics:
 
     def shed(self, now_s: float) -> None:
         """Counts one request that was refused rather than answered too late."""
+        self.fold()
         with self.lock:
             self.failures["REJECTED"] += 1
             self.shed_requests += 1
@@ -108,6 +123,7 @@ class Statistics:
 
     def lately(self, now_s: float) -> Lately:
         """The last ten full seconds."""
+        self.fold()
         with self.lock:
             seconds = [each for each in self._seconds if int(now_s) - WINDOW_S <= each.second < int(now_s)]
         answered, in_time = sum(each.answered for each in seconds), sum(each.in_time for each in seconds)

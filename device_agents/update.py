@@ -19,11 +19,12 @@ from typing import Protocol
 
 from device_agents.delivery import Delivery, Fetch
 from device_agents.errors import AttemptFailed, Superseded
-from device_agents.executor import Executor, ServedModel
+from device_agents.executor import Executor
 from device_agents.health import STUCK_AFTER_S, Evidence, judge
 from device_agents.lease import LeaseAccount
 from device_agents.profiler import LONGEST_MS, Warmed
 from device_agents.runtime import Session
+from device_agents.served import ServedModel
 from device_agents.states import ATTEMPTS_PER_DECISION, STEPS, TERMINAL, S
 from device_agents.store import Record, Store
 from device_agents.wire import DesiredApplication, Outcome, OutcomeReport, ServingConfiguration, UpdateState

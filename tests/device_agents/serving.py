@@ -11,10 +11,11 @@ from pathlib import Path
 
 import httpx
 
-from device_agents.executor import Executor, ServedModel
+from device_agents.executor import Executor
 from device_agents.lease import LeaseAccount
 from device_agents.listening import QuietServer, bind
 from device_agents.runtime import Session
+from device_agents.served import ServedModel
 from device_agents.server import InferenceServer
 from device_agents.spool import Kept
 from device_agents.wire import Feedback, ServingConfiguration

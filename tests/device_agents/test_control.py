@@ -19,12 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_agents.budget import ThreadBudget
-from device_agents.control import ArrivalRate, Choice, Plan, ServiceTimes, choose, plan, start, utility
+from device_agents.control import ArrivalRate, Choice, Plan, choose, plan, utility
 from device_agents.errors import Overloaded
-from device_agents.executor import Answer, Executor, ServedModel
+from device_agents.executor import Executor
 from device_agents.metrics import model_statistics, prometheus_text
 from device_agents.runtime import EmulatedQuota
 from device_agents.scheduling import SloScheduler
+from device_agents.served import Answer, ServedModel
+from device_agents.service_times import ServiceTimes, start
 from device_agents.wire import ServingConfiguration
 from tests.device_agents.models import scaling
 from tests.device_agents.serving import served
@@ -149,6 +151,26 @@ def test_stalls_of_the_machine_do_not_make_it_believe_in_slow_runs_or_give_up_ru
         times = times.observed(rows=rows, service_ms=stall * (0.2 * rows + 4.0), concurrency=1 + number % 2)
     assert times.predict_ms(4) == pytest.approx(4.8, rel=0.35)
     assert plan(times, rate_rps=300, slo_ms=20, max_batch=16, max_concurrency=2).concurrency == 2
+
+
+def test_slow_moments_of_the_machine_are_not_blamed_on_runs_at_once() -> None:
+    times = start(*DENSE, max_concurrency=2, cores=2)
+    for number in range(480):
+        machine = 4.0 if number % 120 >= 80 else 1.0
+        concurrency = 2 if number % 8 else 1
+        times = times.observed(rows=2, service_ms=machine * 4.4, concurrency=concurrency)
+        if number % 120 in (79, 119):  # a moment ends: the pace follows it, and two at once stay worth it
+            assert times.predict_ms(2) == pytest.approx(machine * 4.4, rel=0.25)
+            assert plan(times, rate_rps=900, slo_ms=60, max_batch=16, max_concurrency=2).concurrency == 2
+
+
+def test_runs_that_slow_each_other_are_told_from_a_slow_machine() -> None:
+    times = start(*DENSE, max_concurrency=2, cores=2)
+    for number in range(300):
+        concurrency = 1 + number // 20 % 2
+        times = times.observed(rows=2, service_ms=(1.9 if concurrency == 2 else 1.0) * 4.4, concurrency=concurrency)
+    assert times.slowdown(2) == pytest.approx(1.9, rel=0.15)
+    assert times.predict_ms(2) == pytest.approx(4.4, rel=0.15)
 
 
 def test_the_arrival_rate_follows_a_step_within_seconds() -> None:

@@ -16,8 +16,9 @@ import pytest
 
 from device_agents.batching import chunks, join, part, share_of_queue
 from device_agents.errors import BadRequest, Overloaded, RunFailed
-from device_agents.executor import Answer, Executor
+from device_agents.executor import Executor
 from device_agents.runtime import EmulatedQuota, Session
+from device_agents.served import Answer
 from device_agents.wire import ServingConfiguration
 from tests.device_agents.models import adding, dense, picky, scaling
 from tests.device_agents.serving import served

@@ -25,10 +25,10 @@ def test_quantiles_are_within_one_per_cent() -> None:
 def test_a_lease_adds_up() -> None:
     account = LeaseAccount(slo_p95_ms=50, started_s=100)
     for latency_ms in (10, 20, 30, 100):
-        account.answered(answered(latency_ms))
+        account.ended([], [answered(latency_ms)], concurrency=1)
     account.failed()
-    account.ran(rows=3, concurrency=2, service_ms=12)
-    account.ran(rows=1, concurrency=1, service_ms=8)
+    account.ended([(3, 12)], [], concurrency=2)
+    account.ended([(1, 8)], [], concurrency=1)
     components = account.components(108)
     assert (components.requests, components.errors) == (5, 1)
     assert components.slo_hit_share == pytest.approx(3 / 5)
@@ -53,12 +53,12 @@ def test_a_lease_without_requests_invents_nothing() -> None:
 
 def test_a_closed_lease_counts_no_more_and_closes_once() -> None:
     account = LeaseAccount(slo_p95_ms=50, started_s=0)
-    account.answered(answered(1))
+    account.ended([], [answered(1)], concurrency=1)
     assert account.close(8)
     assert not account.close(9)
-    account.answered(answered(1))
+    account.ended([], [answered(1)], concurrency=1)
     account.failed()
-    account.ran(rows=1, concurrency=1, service_ms=1)
+    account.ended([(1, 1)], [], concurrency=1)
     assert account.components(100).requests == 1
     assert account.components(100).throughput_rps == pytest.approx(1 / 8)
     assert account.active_s(100) == 8
