@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from device_agents import reuse
 from device_agents.errors import AttemptFailed, BadConfiguration, ServiceRefused, ServiceUnreachable, Superseded
 from device_agents.store import Identity
 from device_agents.wire import (
@@ -32,6 +33,7 @@ from device_agents.wire import (
     FeedbackBatch,
     FeedbackBatchReply,
     Outcome,
+    SharedWeights,
     SignedDesired,
     VariantReference,
     WakeUp,
@@ -180,12 +182,17 @@ class ServiceClient:
         Superseded.
         """
         transfer = _Transfer(variant, part, is_cancelled)
+        listed = self._weights_of(variant) if variant.size_bytes - transfer.have >= reuse.LEAST_BYTES else None
+        transfer.local = reuse.find(part.parent, listed) if listed else ()
         failures = 0
         while failures < DOWNLOAD_ATTEMPTS:
             had_bytes = transfer.fetched
             try:
-                if transfer.have < variant.size_bytes:
-                    self._fetch(transfer, trace_id)
+                while transfer.have < variant.size_bytes:
+                    if not transfer.take_local():
+                        self._fetch(transfer, trace_id)
+                if listed:
+                    reuse.keep(part.parent, variant.digest, listed)
                 return transfer.fetched
             except (ServiceUnreachable, ServiceRefused) as error:
                 if error.permanent:
@@ -199,6 +206,17 @@ class ServiceClient:
                 raise Superseded("overtaken while downloading")
         reason = f"gave up after {DOWNLOAD_ATTEMPTS} attempts without progress"
         raise AttemptFailed(reason, outcome=Outcome.DOWNLOAD_FAILED)
+
+    def _weights_of(self, variant: VariantReference) -> SharedWeights | None:
+        """Which weights the variant may share with others; None where the service does not say."""
+        if variant.url != f"/artifacts/sha256/{variant.digest}":
+            return None
+        try:
+            headers = self._headers()
+            return _parsed(self._request("GET", f"{variant.url}/weights", headers=headers), SharedWeights)
+        except (ServiceUnreachable, ServiceRefused) as error:
+            logger.info("nothing known of shared weights digest=%s reason=%r", variant.digest, str(error))
+            return None
 
     def _fetch(self, transfer: _Transfer, trace_id: str | None) -> None:
         client, headers = self._client_for(transfer.variant.url, trace_id)
@@ -284,16 +302,32 @@ class _Transfer:
     variant: VariantReference
     part: Path
     is_cancelled: Callable[[], bool]
+    local: tuple[reuse.Local, ...] = ()
     fetched: int = 0
 
     @property
     def have(self) -> int:
         return self.part.stat().st_size if self.part.exists() else 0
 
+    @property
+    def stop(self) -> int:
+        """Where the next bytes begin that are on this device already; the end of the file where there are none."""
+        return min((each.start for each in self.local if each.start > self.have), default=self.variant.size_bytes)
+
+    def take_local(self) -> bool:
+        """Whether the next bytes were on this device."""
+        local = next((each for each in self.local if each.start <= self.have < each.stop), None)
+        if local is None or reuse.append(local, self.part):
+            return local is not None
+        self.local = tuple(each for each in self.local if each != local)
+        return False
+
     def range_headers(self) -> dict[str, str]:
-        if not self.have:
+        is_to_the_end = self.stop == self.variant.size_bytes
+        if not self.have and is_to_the_end:
             return {}
-        return {"Range": f"bytes={self.have}-", "If-Range": f'"{self.variant.digest}"'}
+        span = f"bytes={self.have}-{'' if is_to_the_end else self.stop - 1}"
+        return {"Range": span, "If-Range": f'"{self.variant.digest}"'}
 
     def receive(self, response: httpx.Response) -> None:
         if response.status_code == 416:
@@ -302,7 +336,7 @@ class _Transfer:
         resumes = response.status_code == 206
         if resumes and not response.headers.get("Content-Range", "").startswith(f"bytes {self.have}-"):
             self._start_over("another range than asked for")
-        size = self.have if resumes else 0
+        size, expected = (self.have, self.stop) if resumes else (0, self.variant.size_bytes)
         with self.part.open("ab" if resumes else "wb") as file:
             # As the network hands it over: a chunk size would hold bytes back, and lose them when the line breaks.
             for chunk in response.iter_raw():
@@ -310,10 +344,10 @@ class _Transfer:
                     raise Superseded("overtaken while downloading")
                 size += len(chunk)
                 self.fetched += len(chunk)
-                if size > self.variant.size_bytes:
+                if size > expected:
                     raise AttemptFailed("larger than announced", outcome=Outcome.VERIFY_FAILED)
                 file.write(chunk)
-        if size < self.variant.size_bytes:
+        if size < expected:
             raise ServiceUnreachable("the connection ended early")
 
     def _start_over(self, reason: str) -> NoReturn:

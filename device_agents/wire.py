@@ -273,6 +273,20 @@ class VariantReference(Message):
     url: Annotated[str, Field(max_length=1024)] = Field(description="absolute, or a path on the service")
 
 
+class WeightReference(Message):
+    """Bytes of an artifact from ``offset`` on that other artifacts may hold too."""
+
+    digest: Digest
+    offset: Bytes
+    size_bytes: Bytes
+
+
+class SharedWeights(Message):
+    """Where the large weights of a variant lie, so that a device which has some of them need not fetch those."""
+
+    weights: tuple[WeightReference, ...] = Field(default=(), max_length=512)
+
+
 class ServingConfiguration(Message):
     """The bounds inside which the device's own controller may move."""
 

@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 from django.conf import settings
 from django.core.files import File
 from django.db import transaction
+from django.db.models import F
 
 from qoe_service.catalogue import spans as stretches
 from qoe_service.catalogue import storages
@@ -85,10 +86,32 @@ def open_span(digest: str, start: int, stop: int | None) -> BinaryIO:
         raise NotFound(f"no artifact {digest[:64]}", field="digest") from None
 
 
+class Weight(NamedTuple):
+    """Bytes of an artifact from ``offset`` on that other artifacts may hold too."""
+
+    digest: str
+    offset: int
+    size_bytes: int
+
+
+def weights_of(digest: str) -> list[Weight]:
+    """The pieces of an artifact that stand for themselves; what is left of the file beside them does not count."""
+    rows = Piece.objects.filter(whole=digest, start=0, size_bytes=F("stored__size_bytes"))
+    return [Weight(row.stored_id, row.offset, row.size_bytes) for row in rows]
+
+
 def digest_of(path: Path) -> str:
     """The sha256 of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest_of_stream(file)
+
+
+def digest_of_stream(source: BinaryIO) -> str:
+    """The sha256 of what is left of a stream."""
+    sha256 = hashlib.sha256()
+    while chunk := source.read(CHUNK_BYTES):
+        sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 def incoming_folder() -> Path:

@@ -12,7 +12,7 @@ from asgiref.sync import sync_to_async
 from django.db.models import Exists, OuterRef
 from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
 
-from device_agents.wire import FieldProblem, Problem
+from device_agents.wire import FieldProblem, Problem, SharedWeights, WeightReference
 from qoe_service.catalogue import artifacts
 from qoe_service.catalogue.artifacts import CHUNK_BYTES
 from qoe_service.catalogue.models import Artifact, Variant
@@ -67,6 +67,20 @@ async def artifact(request: HttpRequest, digest: str) -> HttpResponseBase:
         return await _answer(request, await _size_of(digest, is_for_device=device is not None), digest)
     except ServiceError as error:
         return _problem(error, headers_of(error))
+
+
+async def weights(request: HttpRequest, digest: str) -> HttpResponseBase:
+    """Where the artifact's large weights lie and what they are; a device that has some need not fetch those."""
+    if request.method != "GET":
+        return HttpResponse(status=405, headers={"Allow": "GET"})
+    try:
+        device = await _authorise(request)
+        await _size_of(digest, is_for_device=device is not None)
+        listed = await sync_to_async(artifacts.weights_of)(digest)
+    except ServiceError as error:
+        return _problem(error, headers_of(error))
+    body = SharedWeights(weights=tuple(WeightReference(**each._asdict()) for each in listed))
+    return HttpResponse(body.model_dump_json(), content_type="application/json")
 
 
 def requested_span(header: str, size_bytes: int) -> Span | None:

@@ -19,7 +19,8 @@ from django.test.utils import CaptureQueriesContext
 
 from qoe_service.catalogue import artifacts
 from qoe_service.catalogue.artifacts import CHUNK_BYTES
-from qoe_service.catalogue.models import Application, Piece
+from qoe_service.catalogue.models import Application, Piece, ProfilingJob, Variant
+from qoe_service.fleet.models import Device
 from tests.builders import CREDENTIAL, NOW, make_application, make_device, make_variant
 
 pytestmark = pytest.mark.django_db
@@ -199,3 +200,36 @@ def test_a_file_that_is_kept_in_pieces_comes_whole_or_in_ranges_and_no_piece_by_
     part = fetch(url=url, Range=f"bytes=2-{SIZE + 5}")
     assert (part.status, part.body) == (206, content[2 : SIZE + 6])
     assert fetch(url=f"/artifacts/sha256/{Piece.objects.get(offset=0).stored_id}").status == 404
+
+
+def test_a_device_can_ask_where_the_weights_of_a_variant_lie_and_what_they_are() -> None:
+    content = b"head" + CONTENT + b"tail"
+    digest = artifacts.store(io.BytesIO(content), now=NOW, weights=[(4, 4 + SIZE)]).digest
+    make_variant(Application.objects.get(), "in-pieces", digest=digest)
+    answer = fetch(url=f"/artifacts/sha256/{digest}/weights")
+    assert json.loads(answer.body) == {"weights": [{"digest": DIGEST, "offset": 4, "size_bytes": SIZE}]}
+    assert json.loads(fetch(url=f"{URL}/weights").body) == {"weights": []}
+    data = artifacts.store(io.BytesIO(b"data"), now=NOW).digest
+    assert fetch(url=f"/artifacts/sha256/{data}/weights").status == 404
+    assert fetch(url=f"{URL}/weights", Authorization="").status == 401
+    assert fetch("post", url=f"{URL}/weights").status == 405
+
+
+def test_samples_are_for_the_device_that_was_asked_to_measure_and_only_while_it_is() -> None:
+    samples = artifacts.store(io.BytesIO(b"samples"), now=NOW)
+    url = f"/artifacts/sha256/{samples.digest}"
+    assert fetch(url=url).status == 404
+    job = ProfilingJob.objects.create(
+        variant=Variant.objects.get(),
+        device_class="tablet",
+        isa="x86_64 avx2",
+        device=Device.objects.get(),
+        state="running",
+        samples_digest=samples.digest,
+        created_at=NOW,
+    )
+    assert fetch(url=url).body == b"samples"
+    make_device("stranger")
+    assert fetch(url=url, Authorization="Bearer credential-stranger").status == 404
+    ProfilingJob.objects.filter(pk=job.pk).update(state="done")
+    assert fetch(url=url).status == 404
