@@ -19,10 +19,11 @@ from device_agents.listening import QuietServer, bind
 from device_agents.server import InferenceServer
 from device_agents.standalone import load, profile
 from device_agents.version import agent_version
+from device_agents.wire import GoldenOutput
 
 logger = logging.getLogger("qoe_agent")
 
-LONGEST_CREDENTIAL = 256
+LONGEST_CREDENTIAL, SHOWN_VALUES = 256, 5
 EXAMPLES = """\
 examples:
   qoe-agent run --service-url https://qoe.example.org --token TOKEN   first start: the token is needed once
@@ -31,7 +32,7 @@ examples:
   qoe-agent doctor                                                    what is missing, and what to do about it
 
 The model is served at http://127.0.0.1:8600/v2/models/NAME (Open Inference Protocol v2). Everything that must survive
-a restart is in the state folder (--state-dir). Exit status: 0, or 1 with one line on standard error.
+a restart is in the state folder (--state-dir). Exit status: 0; 1 with one line on standard error; 2 for wrong flags.
 """
 ALONE = frozenset({"serve", "profile"})
 WITHOUT_SERVICE = frozenset({"host", "port", "cpu_quota_emulated", "log_level"})
@@ -78,14 +79,18 @@ def parser() -> argparse.ArgumentParser:
     _command(commands, "enrol", _enrol, "trade an enrolment token for this device's credential, and end")
     serve = _command(commands, "serve", _serve, "serve one ONNX file without any service")
     serve.add_argument("--model", required=True, type=Path, metavar="FILE", help="the ONNX file")
-    serve.add_argument("--model-name", default="", help="its name in the address; default: the file's name")
-    serve.add_argument("--max-batch", type=int, default=8, help="largest batch (default 8)")
-    serve.add_argument("--concurrency", type=int, default=1, help="runs at once (default 1)")
-    serve.add_argument("--threads", type=int, default=1, help="threads per run (default 1)")
-    serve.add_argument("--slo-ms", type=float, help="answer 95 of 100 within this; batch and concurrency then adapt")
+    serve.add_argument(
+        "--model-name", default="", metavar="NAME", help="its name in the address; default: the file's name"
+    )
+    serve.add_argument("--max-batch", type=int, default=8, metavar="ROWS", help="largest batch (default 8)")
+    serve.add_argument("--concurrency", type=int, default=1, metavar="RUNS", help="runs at once (default 1)")
+    serve.add_argument("--threads", type=int, default=1, metavar="NUMBER", help="threads per run (default 1)")
+    serve.add_argument(
+        "--slo-ms", type=float, metavar="MS", help="answer 95 of 100 within this; batch and concurrency then adapt"
+    )
     measure = _command(commands, "profile", _profile, "measure one ONNX file on this device")
     measure.add_argument("file", type=Path, metavar="FILE")
-    measure.add_argument("--threads", type=int, default=1, help="threads per run (default 1)")
+    measure.add_argument("--threads", type=int, default=1, metavar="NUMBER", help="threads per run (default 1)")
     measure.add_argument("--samples", type=Path, metavar="NPZ", help="also measure accuracy, on samples of the service")
     measure.add_argument("--json", action="store_true", help="print one line of JSON")
     look = _command(commands, "status", _status, "what the agent of this state folder does")
@@ -229,10 +234,19 @@ def _profile(config: AgentConfig, options: argparse.Namespace) -> int:
     _say(f"{options.file.name}: n rows take {report.a_ms:.3f} ms * n + {report.b_ms:.3f} ms, r2 {report.r2:.3f}")
     _say(f"threads {report.threads}, load {report.load_ms:.0f} ms, memory {report.memory_bytes / 2**20:.1f} MiB")
     _say(f"CPU {report.cpu_ms_per_row:.3f} ms per row, sha256 {report.digest}")
+    _say(f"answer to the golden input: {_shown(report.golden)}")
     if right is not None:
         share = right.value if right.correct is None else right.correct / right.samples
         _say(f"accuracy {share:.3f} ({right.kind}) on {right.samples} samples")
     return 0
+
+
+def _shown(golden: GoldenOutput | None) -> str:
+    """The first values of each output."""
+    if golden is None:
+        return "never twice the same"
+    outputs = ((each, " ".join(f"{value:g}" for value in each.values[:SHOWN_VALUES])) for each in golden.outputs)
+    return "; ".join(f"{each.name} {list(each.shape)} {values}".rstrip() for each, values in outputs)
 
 
 def _status(config: AgentConfig, options: argparse.Namespace) -> int:
@@ -243,8 +257,14 @@ def _status(config: AgentConfig, options: argparse.Namespace) -> int:
         _say(json.dumps(found))
         return 0
     for key, value in found.items():
-        _say(f"{key}: {json.dumps(value) if isinstance(value, dict | list) else value}")
+        _say(f"{key}: {json.dumps(value) if isinstance(value, dict | list) else _in_words(value)}")
     return 0
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none yet" if value in (None, "") else str(value)
 
 
 def _doctor(config: AgentConfig, _: argparse.Namespace) -> int:

@@ -91,7 +91,7 @@ class Agent:
         )
         self._drain = Drain(self.spool, self.client.send_feedback, rng=self.random)
         self._membership = Membership(config, self.store, self.client)
-        self._telemetry = TelemetryReader()
+        self._telemetry = TelemetryReader(downlink_mbps=self.client.throughput.mbps)
         self._followers = Followers(
             config,
             self.store,

@@ -13,6 +13,7 @@ import secrets
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 from device_agents import reuse
 from device_agents.errors import AttemptFailed, BadConfiguration, ServiceRefused, ServiceUnreachable, Superseded
 from device_agents.store import Identity
+from device_agents.throughput import Throughput
 from device_agents.wire import (
     CheckIn,
     CheckInReply,
@@ -60,12 +62,14 @@ def full_jitter_s(failures: int, rng: random.Random, *, base_s: float = 0.5, cap
 
 def require_safe(url: str, *, allow_plaintext: bool) -> None:
     """Raises BadConfiguration for plain http to another machine, unless that was asked for."""
+    if not url:
+        raise BadConfiguration("service_url is not set: give --service-url with the address of the service")
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise BadConfiguration(f"{url} is not an address: {error}") from error
     if parsed.scheme not in {"http", "https"} or not parsed.host:
-        raise BadConfiguration(f"{url or 'service_url'} must begin with https:// (or http:// for this machine)")
+        raise BadConfiguration(f"{url} must begin with https:// (or http:// for this machine)")
     if parsed.scheme == "http" and not allow_plaintext and not is_loopback(parsed.host):
         raise BadConfiguration(f"{url} sends the credential in the clear: use https:// or --allow-plaintext")
 
@@ -98,6 +102,7 @@ class ServiceClient:
         if identity is not None:
             _require_same_service(identity, service_url)
         self.identity = identity
+        self.throughput = Throughput()
         self._origin = httpx.URL(service_url)
         self._allow_plaintext = allow_plaintext
         self._rng = rng or random.Random()
@@ -227,11 +232,19 @@ class ServiceClient:
                 client.stream("GET", transfer.variant.url, headers=headers, follow_redirects=True) as response,
                 _cut_when(transfer.is_cancelled, _socket_of(response)),
             ):
-                transfer.receive(response)
+                self._receive(transfer, response)
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise ServiceUnreachable(_said(error)) from error
         except OSError as error:
             raise AttemptFailed(f"cannot write: {error.strerror}", outcome=Outcome.NO_SPACE) from error
+
+    def _receive(self, transfer: _Transfer, response: httpx.Response) -> None:
+        """Also what breaks off in the middle tells how fast the line was."""
+        had_bytes, started_s = transfer.fetched, time.monotonic()
+        try:
+            transfer.receive(response)
+        finally:
+            self.throughput.received(transfer.fetched - had_bytes, took_s=time.monotonic() - started_s)
 
     def _client_for(self, url: str, trace_id: str | None) -> tuple[httpx.Client, dict[str, str]]:
         """The credential goes to the service alone, never to where it may keep its artifacts."""

@@ -12,9 +12,10 @@ import numpy as np
 import psutil
 
 from device_agents.errors import AttemptFailed, RunFailed
-from device_agents.runtime import Array, EmulatedQuota, Session, Tensor
-from device_agents.telemetry import cpu_quota, throttled_periods
-from device_agents.wire import Outcome, ProfileReport
+from device_agents.golden import agrees, golden_output, is_comparable
+from device_agents.runtime import Array, EmulatedQuota, RunCost, Session, Tensor, runtime_version
+from device_agents.telemetry import cpu_quota, hardware, throttled_periods
+from device_agents.wire import GoldenOutput, Outcome, ProfileReport
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 OPEN_SIZE = 1
@@ -71,7 +72,7 @@ def fit(points: Sequence[tuple[int, float]]) -> LinearFit:
 
 @dataclass(frozen=True)
 class Warmed:
-    """A session that has run, and what was measured; ``profile`` is None where an earlier one stands."""
+    """A session that has run, and what was measured anew; ``profile`` is None where an earlier one stands as it is."""
 
     session: Session
     profile: ProfileReport | None
@@ -91,20 +92,21 @@ def warm_up(
     """Loads a variant beside whatever runs, tries it, and measures it unless ``known`` says it was.
 
     Runs a batch of 1 and the largest batch (or the largest that fits the budget, on a slow device), checks that
-    outputs are sane and of the promised shape, and that callers of ``must_match`` can use it unchanged. Raises
-    AttemptFailed(incompatible) otherwise.
+    outputs are sane, of the promised shape and, for the golden input, what they were before on this device, and that
+    callers of ``must_match`` can use it unchanged. Raises AttemptFailed(incompatible) otherwise.
     """
     memory_before = psutil.Process().memory_info().rss
     session = Session(path, threads=threads, quota=quota)
     if must_match is not None and not _can_replace(session, must_match):
         raise AttemptFailed("its inputs or outputs differ from the running model's", outcome=Outcome.INCOMPATIBLE)
-    first_ms, _ = _try(session, 1)
+    outputs, first = _answer(session, 1)
+    golden = golden_output(outputs, computed_by=" ".join((runtime_version(), *hardware().isa)))
     largest = max_batch if session.is_batchable else 1
-    affordable = max(1, min(largest, int(budget_s * 1000 / max(first_ms, 1e-3))))
+    affordable = max(1, min(largest, int(budget_s * 1000 / max(first.service_ms, 1e-3))))
     _try(session, affordable)
     if known is not None:
         session.line = (known.a_ms, known.b_ms)
-        return Warmed(session=session, profile=None)
+        return Warmed(session=session, profile=_compared(known, golden, session))
     points, cpu_ms_per_row = _measure(session, budget_s=budget_s)
     line = fit(points)
     session.line = (line.a_ms, line.b_ms)
@@ -117,6 +119,7 @@ def warm_up(
         load_ms=min(session.load_ms, LONGEST_MS),
         memory_bytes=max(psutil.Process().memory_info().rss - memory_before, path.stat().st_size),
         cpu_ms_per_row=min(cpu_ms_per_row, LONGEST_MS),
+        golden=_repeated(golden, session),
     )
     return Warmed(session=session, profile=profile)
 
@@ -139,8 +142,34 @@ def _can_replace(session: Session, running: Session) -> bool:
     ) and [len(side) for side in session.signature] == [len(side) for side in running.signature]
 
 
+def _compared(known: ProfileReport, golden: GoldenOutput, session: Session) -> ProfileReport | None:
+    """The golden-input check: the known profile with a golden output where it had none that can be compared, else None.
+
+    Raises AttemptFailed where the variant answers something else than it did here before.
+    """
+    if known.golden is not None and is_comparable(known.golden, golden):
+        if not agrees(known.golden, golden):
+            reason = "its answer to the golden input is not the one that it gave here before"
+            raise AttemptFailed(reason, outcome=Outcome.INCOMPATIBLE)
+        return None
+    found = _repeated(golden, session)
+    return known.model_copy(update={"golden": found}) if found != known.golden else None
+
+
+def _repeated(golden: GoldenOutput, session: Session) -> GoldenOutput | None:
+    """The golden output if the variant gives it twice: what draws random numbers has none."""
+    outputs, _ = _answer(session, 1)
+    return golden if agrees(golden, golden_output(outputs, computed_by=golden.computed_by)) else None
+
+
 def _try(session: Session, rows: int) -> tuple[float, float]:
     """Runs once and checks the answer; wall and CPU milliseconds."""
+    _, cost = _answer(session, rows)
+    return cost.service_ms, cost.cpu_ms
+
+
+def _answer(session: Session, rows: int) -> tuple[dict[str, Array], RunCost]:
+    """One run on the sample inputs, checked: as many rows as went in, and finite. Raises AttemptFailed otherwise."""
     try:
         outputs, cost = session.run_timed(sample_inputs(session, rows))
     except RunFailed as error:
@@ -151,7 +180,7 @@ def _try(session: Session, rows: int) -> tuple[float, float]:
             raise AttemptFailed(reason, outcome=Outcome.INCOMPATIBLE)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise AttemptFailed(f"output {name} is not finite", outcome=Outcome.INCOMPATIBLE)
-    return cost.service_ms, cost.cpu_ms
+    return outputs, cost
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -111,10 +111,14 @@ def package_energy_j(root: Path = Path("/")) -> float | None:
 
 
 class TelemetryReader:
-    """Reads telemetry; loads are those since the last reading, so each reader belongs to one loop."""
+    """Reads telemetry; loads are those since the last reading, so each reader belongs to one loop.
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    ``downlink_mbps`` tells what the network gave lately, where somebody knows.
+    """
+
+    def __init__(self, root: Path = Path("/"), *, downlink_mbps: Callable[[], float | None] = lambda: None) -> None:
         self._root = root
+        self._downlink_mbps = downlink_mbps
         self._process = psutil.Process()
         self._last = self._cpu_seconds()
         self._throttles = self._throttle_count()
@@ -131,6 +135,7 @@ class TelemetryReader:
             battery_share=min(1.0, max(0.0, battery.percent / 100)) if battery else None,
             charging=battery.power_plugged if battery else None,
             network=network(self._root),
+            downlink_mbps=self._downlink_mbps(),
         )
 
     def _load_of_others(self) -> float:

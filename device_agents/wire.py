@@ -148,7 +148,9 @@ class Telemetry(Message):
     battery_share: Share | None = None
     charging: bool | None = None
     network: Literal["ethernet", "wifi", "metered", "offline", "unknown"] = "unknown"
-    downlink_mbps: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    downlink_mbps: Annotated[float, Field(ge=0, le=1e6)] | None = Field(
+        default=None, description="rate of the last large download; None when there was none within an hour"
+    )
 
 
 class ApplicationReport(Message):
@@ -177,6 +179,22 @@ class OutcomeReport(Message):
     at: datetime
 
 
+class GoldenTensor(Message):
+    """The first values of one output; strings are told by their shape alone."""
+
+    name: ShortText
+    shape: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=16)
+    values: tuple[float, ...] = Field(default=(), max_length=32)
+
+
+class GoldenOutput(Message):
+    """What a variant answered to one row of fixed input. Comparable where input and ``computed_by`` are the same."""
+
+    input: Name
+    computed_by: ShortText = Field(description="runtime and instruction sets")
+    outputs: tuple[GoldenTensor, ...] = Field(default=(), max_length=8)
+
+
 class ProfileReport(Message):
     """Measured on the device: a run of a batch of n takes a_ms * n + b_ms."""
 
@@ -188,6 +206,7 @@ class ProfileReport(Message):
     load_ms: Milliseconds = 0
     memory_bytes: Bytes = 0
     cpu_ms_per_row: Milliseconds | None = Field(default=None, description="CPU time of a run, per row of its batch")
+    golden: GoldenOutput | None = Field(default=None, description="None where not known, or never twice the same")
 
 
 class AccuracyReport(Message):

@@ -41,6 +41,12 @@ def not_finite() -> Model:
     return scaling(float("inf"))
 
 
+def drawing_lots() -> Model:
+    """y = x plus noise: never the same twice."""
+    nodes = [helper.make_node("RandomNormalLike", ["x"], ["noise"]), helper.make_node("Add", ["x", "noise"], ["y"])]
+    return _model(nodes, [], ["n", WIDTH], "y", ["n", WIDTH])
+
+
 def summing() -> Model:
     """Promises a row per row of input, and answers one row whatever the batch."""
     nodes = [helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ from device_agents.config import AgentConfig
 from device_agents.errors import AttemptFailed, BadConfiguration, ServiceRefused, ServiceUnreachable, Superseded
 from device_agents.inspection import examine
 from device_agents.store import Identity
+from device_agents.throughput import LONGEST_KNOWN_S, SMALLEST_BYTES, Throughput
 from device_agents.wire import CheckIn, Outcome, VariantReference
 from tests.device_agents.fake_service import NOW, URL, Body, FakeService, variant
 from tests.device_agents.models import Model, scaling
@@ -244,3 +246,46 @@ def test_a_download_that_waits_for_bytes_stops_within_a_second_when_it_is_overta
         thread.join(5)
         assert not thread.is_alive()
         client.close()
+
+
+def test_a_large_download_tells_what_the_network_gives_until_it_is_too_old_to_tell(tmp_path: Path) -> None:
+    content, clock_s = bytes(2 * SMALLEST_BYTES), [0.0]
+    answers = {"large": content, "small": content[: SMALLEST_BYTES - 1]}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, stream=Body(answers[request.url.path.strip("/")], None))
+
+    client = ServiceClient(URL, identity=IDENTITY, transport=httpx.MockTransport(answer))
+    client.throughput = Throughput(clock=lambda: clock_s[0])
+    fetch(client, tmp_path / "small.part", variant(Model(answers["small"]), url="/small"))
+    assert client.throughput.mbps() is None, "so few bytes tell of the latency"
+    fetch(client, tmp_path / "large.part", variant(Model(content), url="/large"))
+    measured = client.throughput.mbps()
+    assert measured is not None
+    assert measured > 0
+    clock_s[0] += LONGEST_KNOWN_S + 1
+    assert client.throughput.mbps() is None, "the device may be elsewhere by now"
+
+
+def test_the_rate_of_a_slow_line_is_measured_on_a_real_socket(tmp_path: Path) -> None:
+    content, pieces = bytes(2 * SMALLEST_BYTES), 8
+
+    def send_slowly(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        connection.recv(65_536)
+        connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(content)}\r\n\r\n".encode())
+        for _ in range(pieces):
+            time.sleep(0.02)
+            connection.sendall(content[: len(content) // pieces])
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=send_slowly, args=(listener,))
+        thread.start()
+        client = ServiceClient(f"http://127.0.0.1:{listener.getsockname()[1]}", identity=IDENTITY)
+        fetch(client, tmp_path / "m.part", variant(Model(content)))
+        thread.join(5)
+        client.close()
+    measured = client.throughput.mbps()
+    assert measured is not None
+    assert 0 < measured <= len(content) * 8 / 1e6 / (pieces * 0.02) * 1.2

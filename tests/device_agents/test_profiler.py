@@ -57,7 +57,11 @@ def test_what_a_quota_stopped_counts_only_by_what_it_worked_and_only_alone() -> 
 def test_a_known_profile_is_not_measured_again(tmp_path: Path) -> None:
     known = ProfileReport(digest=DIGEST, threads=1, a_ms=1, b_ms=1)
     path = scaling(2).write(tmp_path / "m.onnx")
-    assert warm_up(path, digest=DIGEST, threads=1, max_batch=4, budget_s=0.1, known=known).profile is None
+    again = warm_up(path, digest=DIGEST, threads=1, max_batch=4, budget_s=0.1, known=known).profile
+    assert again is not None
+    assert again.golden is not None, "an older release knew none"
+    assert again.model_copy(update={"golden": None}) == known
+    assert warm_up(path, digest=DIGEST, threads=1, max_batch=4, budget_s=0.1, known=again).profile is None
 
 
 def test_a_fixed_batch_is_profiled_at_that_size(tmp_path: Path) -> None:
