@@ -6,10 +6,12 @@ import os
 import socket
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from device_agents.errors import BadConfiguration
 from device_agents.wire import Name, ShortText
@@ -88,15 +90,25 @@ def load_config(
     try:
         return AgentConfig(**values)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise BadConfiguration(problems) from error
+        raise BadConfiguration("; ".join(map(_problem, error.errors()))) from error
+
+
+def _problem(error: ErrorDetails) -> str:
+    """What is wrong with one setting, in words for its owner."""
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{name}: {error['msg']}"
+    similar = get_close_matches(name, AgentConfig.model_fields, n=1)
+    return f"{name}: there is no such setting{f'; did you mean {similar[0]}?' if similar else ''}"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadConfiguration(f"{path}: {error}") from error
+    except OSError as error:
+        raise BadConfiguration(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadConfiguration(f"{path} is no TOML file: {error}") from error
 
 
 def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:

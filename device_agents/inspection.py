@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -37,9 +38,12 @@ class Finding:
 
 def status(config: AgentConfig) -> dict[str, Any]:
     """What the agent of this state folder is doing, from its files alone."""
+    nothing: dict[str, Any] = {"state_dir": str(config.state_dir), "device_id": None, "running": False}
+    if not config.state_dir.is_dir():
+        return nothing | {"service_url": config.service_url, "applications": []}
     store = Store(config.state_dir, disk_budget_bytes=config.disk_budget_bytes)
     identity, note = store.identity(), store.status()
-    return {
+    return nothing | {
         "device_id": identity.device_id if identity else None,
         "service_url": identity.service_url if identity else config.service_url,
         "running": psutil.pid_exists(int(note["pid"])) if "pid" in note else False,
@@ -73,19 +77,20 @@ def examine(config: AgentConfig) -> list[Finding]:
 
 
 def _state_folder(config: AgentConfig) -> Finding:
-    try:
-        Store(config.state_dir, disk_budget_bytes=config.disk_budget_bytes)
-    except AgentError as error:
-        return Finding("state folder", False, str(error))
-    is_writable = os.access(config.state_dir, os.W_OK)
-    return Finding("state folder", is_writable, f"{config.state_dir}{'' if is_writable else ' is not writable'}")
+    place = _existing(config.state_dir)
+    is_usable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    what = str(config.state_dir) if place == config.state_dir else f"{config.state_dir} will be made in {place}"
+    reason = f"{what}: {place} is {'not writable' if place.is_dir() else 'no folder'}; choose another --state-dir"
+    return Finding("state folder", is_usable, what if is_usable else reason)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 
 
 def _disk(config: AgentConfig) -> Finding:
-    try:
-        free = shutil.disk_usage(config.state_dir).free
-    except OSError as error:
-        return Finding("disk", False, str(error))
+    free = shutil.disk_usage(_existing(config.state_dir)).free
     is_enough = free > config.disk_reserve_bytes
     return Finding(
         "disk", is_enough, f"{free // 2**20} MiB free, {config.disk_reserve_bytes // 2**20} MiB are kept free"

@@ -32,6 +32,7 @@ class QuietServer(uvicorn.Server):
                 access_log=False,
                 log_config=None,
                 server_header=False,
+                proxy_headers=False,
                 date_header=False,
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=10,
@@ -82,5 +83,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise BadConfiguration(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        raise BadConfiguration(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
     return listener

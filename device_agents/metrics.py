@@ -56,6 +56,7 @@ def prometheus_text(executors: Sequence[Executor]) -> str:
     for executor in executors:
         for name, labels, value in _counters(executor):
             counters.setdefault(name, []).append((labels, value))
+    memory = psutil.virtual_memory()
     lately = {executor: executor.statistics.lately(time.monotonic()) for executor in executors}
     gauges: dict[str, list[Row]] = {
         "nv_inference_pending_request_count": [(_labels(e), float(e.pending)) for e in executors],
@@ -67,6 +68,9 @@ def prometheus_text(executors: Sequence[Executor]) -> str:
         "qoe_effective_batch_limit": [(_labels(e), float(bounds.batch)) for e, bounds in _bounds(executors)],
         "qoe_effective_concurrency": [(_labels(e), float(bounds.concurrency)) for e, bounds in _bounds(executors)],
         "qoe_lease_active_seconds": [(_labels(e), _lease_s(e)) for e in executors],
+        "nv_cpu_utilization": [("", psutil.cpu_percent() / 100)],  # since the last look, as Triton has it
+        "nv_cpu_memory_total_bytes": [("", float(memory.total))],
+        "nv_cpu_memory_used_bytes": [("", float(memory.total - memory.available))],
         "process_resident_memory_bytes": [("", float(psutil.Process().memory_info().rss))],
         "process_cpu_seconds_total": [("", time.process_time())],
     }

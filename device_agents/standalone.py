@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from device_agents.config import AgentConfig
 from device_agents.errors import BadConfiguration
-from device_agents.executor import Executor, ServedModel
+from device_agents.executor import Executor
 from device_agents.lease import LeaseAccount
 from device_agents.profiler import Warmed, warm_up
 from device_agents.runtime import EmulatedQuota
+from device_agents.served import ServedModel
 from device_agents.wire import ProfileReport, ServingConfiguration
 
 PROFILE_BUDGET_S = 1.5
@@ -66,7 +67,7 @@ def profile(path: Path, *, threads: int, config: AgentConfig) -> ProfileReport:
 
 def _warmed(path: Path, *, config: AgentConfig, threads: int, max_batch: int, budget_s: float) -> Warmed:
     if not path.is_file():
-        raise BadConfiguration(f"there is no file {path}")
+        raise BadConfiguration(f"{path} is a folder" if path.is_dir() else f"there is no file {path}")
     quota = EmulatedQuota(config.cpu_quota_emulated) if config.cpu_quota_emulated else None
     return warm_up(path, digest=_digest(path), threads=threads, max_batch=max_batch, budget_s=budget_s, quota=quota)
 

@@ -53,14 +53,18 @@ def test_profile_prints_one_line_of_json(model_file: Path, capsys: pytest.Captur
 
 def test_profile_can_be_read_by_a_person(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", str(model_file)]) == 0
-    assert "n rows take" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "n rows take" in told
+    assert "answer to the golden input: y [1, 4] 0 " in told
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["profile", "nowhere.onnx"], "no file"),
-        (["run"], "must begin with https://"),
+        (["profile", "."], "is a folder"),
+        (["run"], "give --service-url"),
+        (["run", "--service-url", "qoe.example.org"], "must begin with https://"),
         (["run", "--service-url", "http://qoe.example.org"], "--allow-plaintext"),
         (["run", "--service-url", "http://127.0.0.1:9"], "--token"),
         (["run", "--port", "99999"], "port"),
@@ -79,12 +83,32 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "cannot be loaded" in capsys.readouterr().err
 
 
-def test_status_tells_of_a_fresh_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--json"]) == 0
-    status = json.loads(capsys.readouterr().out)
-    assert status["device_id"] is None
-    assert status["running"] is False
-    assert status["applications"] == []
+def test_status_tells_of_a_fresh_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for makes_folder in (False, True):
+        if makes_folder:
+            Store(tmp_path / "state", disk_budget_bytes=10**6)
+        assert main(["status", "--json"]) == 0
+        status = json.loads(capsys.readouterr().out)
+        assert status["state_dir"] == str(tmp_path / "state")
+        assert status["device_id"] is None
+        assert status["running"] is False
+        assert status["applications"] == []
+        assert main(["status"]) == 0
+        assert "device_id: none yet" in capsys.readouterr().out
+
+
+def test_looking_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status"]) == 0
+    assert main(["doctor", "--service-url", "http://127.0.0.1:9"]) == 1
+    assert not (tmp_path / "state").exists()
+    assert f"{tmp_path}/state will be made in {tmp_path}" in capsys.readouterr().out
+
+
+def test_a_state_folder_that_cannot_be_is_something_to_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["doctor", "--service-url", "http://127.0.0.1:9", "--state-dir", str(tmp_path / "file" / "state")]
+    assert main(arguments) == 1
+    assert f"{tmp_path}/file is no folder; choose another --state-dir" in capsys.readouterr().out
 
 
 def test_doctor_says_what_to_mend(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,8 @@ def test_a_secret_can_stand_in_a_file_and_is_not_shown(tmp_path: Path) -> None:
     [
         ({"QOE_AGENT_PORT": "many"}, "port"),
         ({"QOE_AGENT_PORT": "70000"}, "port"),
-        ({"QOE_AGENT_PROT": "1"}, "prot"),
+        ({"QOE_AGENT_PROT": "1"}, "prot: there is no such setting; did you mean port?"),
+        ({"QOE_AGENT_XYZZY": "1"}, "xyzzy: there is no such setting$"),
         ({"QOE_AGENT_LABELS": "kitchen"}, "labels"),
         ({"QOE_AGENT_NAME": "no spaces"}, "name"),
         ({"QOE_AGENT_CPU_QUOTA_EMULATED": "-1"}, "cpu_quota_emulated"),

@@ -150,6 +150,9 @@ def test_statistics_and_metrics_count_requests_runs_and_rows(http: httpx.Client)
     assert statistics["batch_stats"][0]["batch_size"] == 2
     text = http.get("/metrics").text
     assert 'nv_inference_request_success{model="digits",version="1"} 2\n' in text
+    host = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line.startswith("nv_cpu_")}
+    assert 0 <= host["nv_cpu_utilization"] <= 1
+    assert 0 < host["nv_cpu_memory_used_bytes"] < host["nv_cpu_memory_total_bytes"]
     assert 'nv_inference_count{model="digits",version="1"} 4\n' in text
     assert "# TYPE nv_inference_pending_request_count gauge" in text
 
@@ -405,7 +408,7 @@ def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(BadConfiguration, match="choose another --port"):
+        with pytest.raises(BadConfiguration, match="choose another --host or --port"):
             bind("127.0.0.1", taken.getsockname()[1])
 
 
