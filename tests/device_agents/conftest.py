@@ -13,6 +13,7 @@ from device_agents.config import AgentConfig
 from device_agents.profiling_jobs import Idleness
 from device_agents.store import Store
 from tests.device_agents.fake_service import NOW, TOKEN, URL, FakeService
+from tests.device_agents.models import scaling
 
 
 class MakeAgent(Protocol):
@@ -47,3 +48,15 @@ def make_agent(tmp_path: Path, service: FakeService) -> Iterator[MakeAgent]:
     service.hang_up()
     for agent in made:
         agent.stop()
+
+
+@pytest.fixture
+def agent(make_agent: MakeAgent, service: FakeService) -> Agent:
+    """An enrolled agent that follows."""
+    service.offer(scaling(2), scaling(3))
+    agent = make_agent()
+    agent.enrol()
+    agent.boot()
+    agent.start()
+    service.wait_for("wake-up")
+    return agent

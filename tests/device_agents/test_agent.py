@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import stat
-import threading
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from device_agents.agent import Agent
 from device_agents.config import AgentConfig
-from device_agents.errors import ServiceRefused
 from device_agents.runtime import EmulatedQuota
-from device_agents.spool import Kept
 from device_agents.store import Record
 from device_agents.wire import (
-    Feedback,
     Hardware,
     HealthGate,
     Outcome,
@@ -30,67 +23,8 @@ from device_agents.wire import (
 )
 from tests.device_agents.conftest import MakeAgent
 from tests.device_agents.fake_service import NOW, TOKEN, URL, FakeService, desired
+from tests.device_agents.following import ROW, THRICE, TWICE, answer, eventually, outcomes, running, state
 from tests.device_agents.models import scaling
-
-ROW = {"x": np.ones((1, 4), dtype=np.float32)}
-TWICE, THRICE = scaling(2), scaling(3)
-
-
-def eventually(question: Callable[[], object], timeout_s: float = 10.0) -> None:
-    """Waits for something that other threads bring about."""
-    end_s = time.monotonic() + timeout_s
-    while not question():
-        assert time.monotonic() < end_s, "it did not happen in time"
-        time.sleep(0.01)
-
-
-def running(agent: Agent, application: str = "digits") -> str | None:
-    executor = agent.executors.get(application)
-    return executor.served.decision_id if executor and executor.served else None
-
-
-def state(agent: Agent) -> UpdateState | None:
-    return next((record.state for record in agent.store.records()), None)
-
-
-def answer(agent: Agent) -> float:
-    return float(agent.executors["digits"].infer(ROW, timeout_s=5).outputs["y"][0, 0])
-
-
-def outcomes(service: FakeService) -> list[tuple[str, Outcome]]:
-    """All ends of attempts that the service was told, each once."""
-    told = [(o.decision_id, o.outcome) for message in service.check_ins for o in message.outcomes]
-    return list(dict.fromkeys(told))
-
-
-@pytest.fixture
-def agent(make_agent: MakeAgent, service: FakeService) -> Agent:
-    """An enrolled agent that follows."""
-    service.offer(TWICE, THRICE)
-    agent = make_agent()
-    agent.enrol()
-    agent.boot()
-    agent.start()
-    service.wait_for("wake-up")
-    return agent
-
-
-def test_enrolment_keeps_a_private_credential_that_later_requests_carry(
-    make_agent: MakeAgent, service: FakeService
-) -> None:
-    agent = make_agent()
-    agent.enrol()
-    agent.work_once()
-    mode = (agent.config.state_dir / "identity.json").stat().st_mode
-    assert stat.S_IMODE(mode) == 0o600
-    assert service.requests[-1].headers["Authorization"] == "Bearer secret"
-    assert "secret" not in repr(agent.store.identity())
-
-
-def test_a_wrong_token_is_refused_for_good(make_agent: MakeAgent) -> None:
-    with pytest.raises(ServiceRefused) as refused:
-        make_agent(token="a-token-that-nobody-issued").enrol()
-    assert refused.value.permanent
 
 
 def test_the_first_check_in_describes_the_device_and_later_ones_do_not(
@@ -237,37 +171,6 @@ def test_two_applications_that_want_one_variant_fetch_it_once_between_them(agent
     assert agent.store.is_intact(TWICE.digest)
 
 
-def test_a_device_that_is_enrolled_anew_follows_its_new_decisions_and_reports_no_old_ones(
-    make_agent: MakeAgent, agent: Agent, service: FakeService
-) -> None:
-    service.version = 7
-    service.want(desired(TWICE, "d1"), desired(TWICE, "p1", application="parity"))
-    eventually(lambda: [record.state for record in agent.store.records()] == [UpdateState.COMMITTED] * 2)
-    service.hang_up()
-    agent.stop()
-    service.device_id, service.version = "device-2", 0
-    service.want(desired(TWICE, "e1"))
-    service.check_ins.clear()
-    again = make_agent()
-    again.boot()
-    assert again.store.cached_digests() == (TWICE.digest,)
-    again.enrol()
-    assert (again.store.records(), running(again), answer(again)) == ((), None, 2)
-    again.start()
-    eventually(lambda: running(again) == "e1")
-    eventually(lambda: service.check_ins and outcomes(service))
-    assert {decision for decision, _ in outcomes(service)} == {"e1"}
-    assert "parity" not in again.executors
-
-
-def test_enrolling_again_as_the_same_device_keeps_what_it_serves(agent: Agent, service: FakeService) -> None:
-    service.want(desired(TWICE, "d1"))
-    eventually(lambda: state(agent) is UpdateState.COMMITTED)
-    agent.enrol()
-    assert running(agent) == "d1"
-    assert agent.store.seen_version() == service.version
-
-
 def test_a_document_whose_version_cannot_be_kept_is_followed_and_fetched_again(
     make_agent: MakeAgent, service: FakeService
 ) -> None:
@@ -354,93 +257,12 @@ def test_a_request_that_still_runs_when_its_model_is_replaced_counts_for_the_lea
     assert (feedback.decision_id, feedback.components.requests) == ("d1", 1)
 
 
-def test_the_device_serves_on_while_the_service_is_away_and_keeps_what_it_has_to_say(
-    agent: Agent, service: FakeService
-) -> None:
-    service.want(desired(TWICE, "d1", lease_s=0.5))
-    eventually(lambda: running(agent) == "d1")
-    service.is_away = True
-    eventually(lambda: len(agent.spool) == 1)
-    assert answer(agent) == 2
-    service.is_away = False
-    agent.poke(check_in=True)
-    eventually(lambda: len(agent.spool) == 0)
-    assert len(service.feedback) == 1
-
-
-@pytest.mark.parametrize("status", [403, 503])
-def test_feedback_that_cannot_be_sent_keeps_the_device_from_nothing_else(
-    make_agent: MakeAgent, service: FakeService, status: int
-) -> None:
-    service.offer(TWICE)
-    agent = make_agent()
-    agent.enrol()
-    service.failing_feedback = status
-    agent.accept_feedback(Feedback(id="f1", decision_id="d1", rating=0.5))
-    service.want(desired(TWICE, "d1"))
-    agent.work_once()
-    eventually(lambda: running(agent) == "d1")
-    assert len(service.check_ins) == 1
-    assert len(agent.spool) == 1
-    agent.work_once()
-    assert count_batches(service) <= 2
-
-
-def test_a_broken_spool_keeps_the_device_from_nothing_else(make_agent: MakeAgent, service: FakeService) -> None:
-    service.offer(TWICE)
-    agent = make_agent()
-    agent.enrol()
-    agent.spool.close()
-    service.want(desired(TWICE, "d1"))
-    agent.work_once()
-    eventually(lambda: running(agent) == "d1")
-    assert agent.accept_feedback(Feedback(id="f1", decision_id="d1", rating=0.5)) is Kept.LOST
-    agent.poke(check_in=True)
-    agent.work_once()
-    assert service.check_ins[-1].dropped == {"spool_error": 1}
-
-
-def count_batches(service: FakeService) -> int:
-    return sum(request.url.path.endswith("/batch") for request in service.requests)
-
-
-def test_ratings_travel_together_but_the_end_of_a_lease_does_not_wait_for_them(
-    agent: Agent, service: FakeService
-) -> None:
-    for index in range(20):
-        agent.accept_feedback(Feedback(id=f"f{index}", decision_id="d1", rating=0.5))
-        time.sleep(0.01)
-    assert count_batches(service) <= 1
-    service.want(desired(TWICE, "d1", lease_s=0.01))
-    eventually(lambda: any(item.lease_closed for item in service.feedback.values()), timeout_s=0.7)
-    assert len(service.feedback) == 21
-    assert count_batches(service) <= 3
-
-
 def test_a_service_that_asks_for_no_pause_is_not_asked_without_one(agent: Agent, service: FakeService) -> None:
     service.check_in_interval_s = 0
     agent.poke(check_in=True)
     eventually(lambda: service.check_ins)
     time.sleep(0.5)
     assert len(service.check_ins) <= 5
-
-
-@pytest.mark.parametrize("boots_at", [datetime(2000, 1, 1, tzinfo=UTC), NOW], ids=["year 2000", "right"])
-def test_a_clock_that_jumps_loses_no_rewards(tmp_path: Path, service: FakeService, boots_at: datetime) -> None:
-    clock = [boots_at]
-    config = {"service_url": URL, "token": TOKEN, "state_dir": tmp_path / "state", "disk_reserve_bytes": 0}
-    with Agent(AgentConfig.model_validate(config), transport=service.transport, now=lambda: clock[0]) as agent:
-        agent.enrol()
-        agent.accept_feedback(Feedback(id="f1", decision_id="d1", rating=0.5))
-        service.failing_feedback = 503
-        agent.work_once()
-        agent.accept_feedback(Feedback(id="f2", decision_id="d1", rating=0.5))
-        for clock[0] in (NOW, NOW + timedelta(days=15), boots_at):
-            agent.accept_feedback(Feedback(id=f"f-{clock[0]:%Y-%m-%d}", decision_id="d1", rating=0.5))
-            agent.poke(check_in=True)
-            agent.work_once()
-        assert agent.spool.dropped() == {}
-        assert len(agent.spool) >= 4
 
 
 def test_an_expiry_is_told_by_the_clock_of_the_service_whatever_the_device_believes(
@@ -503,52 +325,3 @@ def test_check_ins_about_a_decision_carry_its_trace(agent: Agent, service: FakeS
         if request.url.path.endswith("/check-in") and b'"committed"' in request.content
     ]
     assert about[0].headers["traceparent"].split("-")[1] == trace_id
-
-
-def test_a_device_without_a_credential_serves_while_it_waits_for_the_service(
-    make_agent: MakeAgent, agent: Agent, service: FakeService
-) -> None:
-    service.want(desired(TWICE, "d1"))
-    eventually(lambda: state(agent) is UpdateState.COMMITTED)
-    service.hang_up()
-    agent.stop()
-    (agent.config.state_dir / "identity.json").write_text("rot")
-    service.is_away = True
-    again = make_agent()
-    again.boot()
-    again.start_once_enrolled()
-    assert answer(again) == 2
-    service.want(desired(THRICE, "d2"))
-    service.is_away = False
-    eventually(lambda: running(again) == "d2")
-
-
-@pytest.mark.parametrize("token", ["", "a-token-that-nobody-issued"])
-def test_a_device_that_cannot_enrol_serves_what_it_has(
-    make_agent: MakeAgent, agent: Agent, service: FakeService, token: str
-) -> None:
-    service.want(desired(TWICE, "d1"))
-    eventually(lambda: state(agent) is UpdateState.COMMITTED)
-    service.hang_up()
-    agent.stop()
-    (agent.config.state_dir / "identity.json").unlink()
-    again = make_agent(token=token)
-    again.boot()
-    again.start_once_enrolled()
-    eventually(lambda: not any(thread.name == "enrol" for thread in threading.enumerate()))
-    assert (running(again), answer(again)) == ("d1", 2)
-
-
-def test_one_poisoned_feedback_does_not_block_the_others(make_agent: MakeAgent, service: FakeService) -> None:
-    agent = make_agent()
-    agent.enrol()
-    for index in range(5):
-        agent.accept_feedback(Feedback(id=f"f{index}", decision_id="d1", rating=0.5))
-    service.poison = frozenset({"f2"})
-    for _ in range(12):
-        agent.work_once()
-    assert set(service.feedback) == {"f0", "f1", "f3", "f4"}
-    assert agent.spool.dropped() == {"refused": 1}
-    agent.poke(check_in=True)
-    agent.work_once()
-    assert service.check_ins[-1].dropped == {"refused": 1}
