@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -64,10 +65,12 @@ def measure(folder: Path, model: Path, data: Path) -> dict[str, Any]:
     base = imports.import_model(application=application, path=model, name="base", passes=["family"], now=timezone.now())
     steps = _run_workers(folder)
     seconds = time.monotonic() - started
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     states = {str(state): Job.objects.filter(state=state).count() for state in Job.State}
     whole, stored = _bytes(Variant)
     return {
         "family_seconds": round(seconds, 1),
+        "family_cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "family_bytes": whole,
         "family_stored_bytes": stored,
         "model_bytes": model.stat().st_size,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from datetime import datetime
+from typing import Any
 
 from django.db import transaction
 
@@ -20,8 +20,14 @@ log = logging.getLogger(__name__)
 MODEL, DERIVED = "model.onnx", "derived.onnx"
 
 
-def run(*, job_id: int, clock: Callable[[], datetime]) -> Job | None:
+def _tell_nobody(share: float) -> None:
+    """For callers who do not wait for progress."""
+    del share
+
+
+def run(*, job_id: int, clock: Callable[[], datetime], tell: Callable[[float], object] = _tell_nobody) -> Job | None:
     """Claim a job and bring it to its end; None when somebody else has it. Safe to call any number of times.
+    ``tell`` hears how far it is, twice a second.
 
     An unforeseen error leaves the job running without a heartbeat: it is claimed again, a bounded number of times.
     """
@@ -30,6 +36,7 @@ def run(*, job_id: int, clock: Callable[[], datetime]) -> Job | None:
         return None
 
     def watch(progress: float) -> bool:
+        tell(progress)
         return jobs.beat(job=job, progress=progress, now=clock())
 
     try:
@@ -51,8 +58,8 @@ def run(*, job_id: int, clock: Callable[[], datetime]) -> Job | None:
 def derive(*, job: Job, watch: sandbox.Watch, clock: Callable[[], datetime]) -> Variant:
     """Run a job's pass in the sandbox and keep what comes out. Raises sandbox.Refused or sandbox.Cancelled."""
     chosen, base = PASSES[job.compression_pass], job.base
-    request = {"command": "compress", "pass": chosen.method, "parameters": job.parameters}
-    request["samples"] = evaluation.FIRST_LOOK_SAMPLES
+    request: dict[str, Any] = {"command": "compress", "pass": chosen.method, "parameters": job.parameters}
+    request |= evaluation.first_look()
     with sandbox.opened() as box:
         sandbox.check_memory(box.limits, base.artifact.size_bytes, chosen.memory_factor, what=chosen.name)
         box.add(MODEL, artifacts.open_for_reading(base.artifact_id))
@@ -83,7 +90,7 @@ def rebuilt(*, variant: Variant) -> str:
         if measured.provenance["calibration_digest"] != made["calibration_digest"]:
             raise sandbox.Refused(f"{variant.name} was calibrated on other data than the application has now")
         with box.open(DERIVED) as derived:
-            return hashlib.file_digest(derived, "sha256").hexdigest()
+            return artifacts.digest_of_stream(derived)
 
 
 def refine_accuracy(*, job: Job, watch: sandbox.Watch) -> Variant:

@@ -13,6 +13,7 @@ from qoe_service.catalogue.sandbox import Refused, Sandbox, Watch
 
 Z_95 = 1.959964
 FIRST_LOOK_SAMPLES = 300  # enough to choose by; the rest is measured when workers have time
+PATIENCE_S = 8.0  # of CPU time: a rest that takes no longer is measured at once, which saves a program its start
 REFERENCE = "reference.onnx"
 Text = Annotated[str, Field(max_length=256)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -126,6 +127,11 @@ def measure(box: Sandbox, request: dict[str, Any], *, watch: Watch | None = None
         return Measured.model_validate(answer)
     except ValidationError as error:
         raise Refused(f"the program that reads models gave an odd answer: {error.errors()[0]['msg']}") from None
+
+
+def first_look() -> dict[str, Any]:
+    """How much of the held-out data is looked at first, as the sandbox is asked for it."""
+    return {"samples": FIRST_LOOK_SAMPLES, "patience_s": PATIENCE_S}
 
 
 def wilson_interval(correct: int, samples: int, z: float = Z_95) -> tuple[float, float]:

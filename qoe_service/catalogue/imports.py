@@ -121,7 +121,7 @@ def _import(application: Application, path: Path, wish: Wish, now: datetime, wat
             _put_model(box, path, watch)
             datasets.add_to(box, application)
             evaluation.add_reference(box, application)
-            request = {"command": "measure", "samples": evaluation.FIRST_LOOK_SAMPLES}
+            request = {"command": "measure", **evaluation.first_look()}
             measured = evaluation.measure(box, request, watch=watch)
             # stored from the private copy: what was checked is what is kept
             with box.open(MODEL) as checked:

@@ -37,19 +37,18 @@ def describe_data(_: dict[str, Any]) -> dict[str, Any]:
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Check a model, and measure it where there is data."""
-    return measured(MODEL, request["samples"], tell_progress)
+    return measured(MODEL, request, tell_progress)
 
 
 def compress(request: dict[str, Any]) -> dict[str, Any]:
     """Derive a variant, then check and measure it like any other model."""
-    from . import checks, passes  # noqa: PLC0415 - a command loads only the libraries that it uses
+    from . import passes  # noqa: PLC0415 - a command loads only the libraries that it uses
 
-    data = _data()
-    checks.check(MODEL)
+    data = _data()  # the base itself was checked when it came, and is the same since
     task = passes.Task(MODEL, DERIVED, request["parameters"], data, lambda share: tell_progress(0.6 * share))
     provenance = passes.apply(request["pass"], task)
     return {
-        **measured(DERIVED, request["samples"], lambda share: tell_progress(0.6 + 0.3 * share)),
+        **measured(DERIVED, request, lambda share: tell_progress(0.6 + 0.3 * share)),
         "provenance": provenance,
     }
 
@@ -63,14 +62,15 @@ def split(request: dict[str, Any]) -> dict[str, Any]:
     return {**answer, "head_weights": pieces.find(cuts.HEAD), "tail_weights": pieces.find(cuts.TAIL)}
 
 
-def measured(path: Path, samples: int | None, tell: Callable[[float], None]) -> dict[str, Any]:
-    """Facts about a model, where it can be cut, and its accuracy where there is data."""
+def measured(path: Path, request: dict[str, Any], tell: Callable[[float], None]) -> dict[str, Any]:
+    """Facts about a model, where it can be cut, and its accuracy where there is data, on as much as is asked for."""
     from . import checks, cuts, evaluation, pieces  # noqa: PLC0415 - as above
 
     facts, data, score = checks.check(path), _data(), None
     if data is not None:
         reference = REFERENCE if REFERENCE.exists() else None
-        score = evaluation.score(path, facts, data, at_most=samples, tell=tell, reference=reference)
+        extent = {"at_most": request["samples"], "patience_s": request.get("patience_s", 0.0)}
+        score = evaluation.score(path, facts, data, tell=tell, reference=reference, **extent)
     try:
         found, reason = cuts.find(path, _sample(path, data)), ""
     except Refusal as refusal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ def score(
     data: Dataset,
     *,
     at_most: int | None = None,
+    patience_s: float = 0.0,
     tell: Tell = tell_nobody,
     reference: Path | None = None,
 ) -> dict[str, Any]:
-    """How good the model is on held-out samples, all of them or ``at_most`` spread evenly.
+    """How good the model is on held-out samples: ``at_most`` spread evenly, and the rest too where that seems to take
+    no more than ``patience_s`` of CPU time.
 
     ``kind`` says by what: ``top-1``, ``regression`` (share of the targets' variance explained), or ``agreement`` with
     ``reference``, the base model, where there are no labels.
@@ -38,12 +41,10 @@ def score(
     check_fit(facts, data)
     available = len(data.heldout_inputs)
     chosen = np.arange(available) if at_most is None else np.unique(np.linspace(0, available - 1, at_most).astype(int))
+    kind = "agreement" if data.heldout_labels is None else "regression" if data.is_regression else "top-1"
+    chosen, answers = _seen(path, facts, data, chosen, tell, strict=kind == "top-1", patience_s=patience_s)
     if data.heldout_labels is not None:
         expected = data.heldout_labels[chosen]
-        kind = "regression" if data.is_regression else "top-1"
-    else:
-        kind = "agreement"
-    answers = _answers(path, facts, data, chosen, tell, strict=kind == "top-1")
     if kind == "agreement":
         expected = answers if reference is None else _answers(reference, facts, data, chosen, tell, strict=False)
     found = {"kind": kind, "samples": len(chosen), "available": available, "isa": instruction_sets()}
@@ -86,6 +87,27 @@ def check_fit(facts: dict[str, Any], data: Dataset) -> None:
 
 def _share(lost: Any, spread: Any) -> Any:
     return np.clip(1 - lost / np.maximum(spread, 1e-30), 0, 1)
+
+
+def _seen(
+    path: Path,
+    facts: dict[str, Any],
+    data: Dataset,
+    chosen: NDArray[np.int64],
+    tell: Tell,
+    *,
+    strict: bool,
+    patience_s: float,
+) -> tuple[NDArray[np.int64], Floats]:
+    """The samples that were looked at, in their order, and the answers to them."""
+    started_s = time.process_time()
+    answers = _answers(path, facts, data, chosen, tell, strict=strict)
+    rest = np.setdiff1d(np.arange(len(data.heldout_inputs)), chosen)
+    if not len(rest) or (time.process_time() - started_s) * len(rest) / len(chosen) > patience_s:
+        return chosen, answers
+    answers = np.concatenate([answers, _answers(path, facts, data, rest, tell, strict=strict)])
+    both = np.concatenate([chosen, rest])
+    return np.sort(both), answers[np.argsort(both)]
 
 
 def _answers(

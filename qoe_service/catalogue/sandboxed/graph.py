@@ -64,3 +64,27 @@ def consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
 def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     """Which node writes a tensor."""
     return {name: node for node in graph.node for name in node.output if name}
+
+
+def put_in_order(graph: onnx.GraphProto) -> None:
+    """Every node after those that write what it reads, otherwise as they were: some converters append at the end."""
+    waiting, writers, written = list(graph.node), set(producers(graph)), set[str]()
+    ordered = list[onnx.NodeProto]()
+    while waiting:
+        later = list[onnx.NodeProto]()
+        for node in waiting:
+            if _reads(node) & writers <= written:
+                ordered.append(node)
+                written.update(node.output)
+            else:
+                later.append(node)
+        if len(later) == len(waiting):
+            return  # a circle; the checker says so
+        waiting = later
+    del graph.node[:]
+    graph.node.extend(ordered)
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    inner = onnx.GraphProto(node=[node])
+    return {name for each in checks.nodes_of(inner) for name in each.input}

@@ -31,4 +31,6 @@ class Float16:
     def apply(self, task: Task) -> None:
         """Convert; operators without a half-precision form are wrapped in casts."""
         model = graphs.prepare(task.source, PREPARED)
-        onnx.save(convert_float_to_float16(model, keep_io_types=True), task.target)
+        converted = convert_float_to_float16(model, keep_io_types=True)
+        graphs.put_in_order(converted.graph)
+        onnx.save(converted, task.target)

@@ -58,6 +58,7 @@ def test_workers_run_all_queued_jobs_one_after_the_other(tmp_path: Path, eager: 
     assert list(Job.objects.values_list("compression_pass", "state")) == [
         ("dynamic-int8", "refused"),
         ("static-int8", "done"),
+        ("samples", "done"),
     ]
     tasks.run_queued()
     assert set(Job.objects.values_list("attempts", flat=True)) == {1}
@@ -80,3 +81,32 @@ def test_a_bad_model_ends_the_command_with_the_reason(tmp_path: Path) -> None:
         command("import_model", "digits", path)
     with pytest.raises(CommandError, match="no application"):
         command("import_model", "nothing", path)
+
+
+def test_jobs_are_listed_with_their_reasons_stopped_and_started_over(tmp_path: Path) -> None:
+    define(tmp_path)
+    path = write_model(tmp_path / "conv.onnx", conv_model())
+    command("import_model", "digits", path, "--passes", "dynamic-int8,float16")
+    first, second = Job.objects.order_by("pk")
+    assert f"{second.pk} cancelled      float16 of conv" in command("jobs", "digits", "--cancel", second.pk)
+    again = command("jobs", "digits", "--again", second.pk)
+    assert "queued      float16 of conv" in again
+    Job.objects.filter(pk=first.pk).update(state="refused", error="no dense layer")
+    Job.objects.exclude(pk=first.pk).update(state="cancelled")
+    assert f"{first.pk} refused      dynamic-int8 of conv: no dense layer" in command("jobs", "digits", "--follow")
+    with pytest.raises(CommandError, match=f"job {first.pk} has ended already"):
+        command("jobs", "digits", "--cancel", first.pk)
+
+
+class Terminal(StringIO):
+    """Somebody looks."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_progress_is_told_all_along(tmp_path: Path) -> None:
+    define(tmp_path)
+    path, out = write_model(tmp_path / "dense.onnx", dense_model()), Terminal()
+    call_command("import_model", "digits", str(path), "--passes", "static-int8", "--wait", stdout=out)
+    assert "% checked and measured" in out.getvalue()

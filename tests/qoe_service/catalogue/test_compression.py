@@ -4,12 +4,13 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from django.core.management import CommandError, call_command
 from pytest_django import Settings
 
-from qoe_service.catalogue import artifacts, compression, imports, jobs, sandbox
+from qoe_service.catalogue import artifacts, compression, evaluation, imports, jobs, sandbox
 from qoe_service.catalogue.models import Application, Job, Variant
 from qoe_service.errors import NotFound
 from tests.builders import NOW, make_application, make_variant
@@ -250,7 +251,22 @@ def test_the_sandbox_knows_every_pass_that_can_be_asked_for() -> None:
         assert (box.folder / "stdout").read_text().split() == methods
 
 
-def test_accuracy_is_first_measured_on_a_part_and_refined_when_nothing_else_waits(tmp_path: Path) -> None:
+def test_accuracy_is_measured_on_all_samples_at_once_where_that_takes_seconds(tmp_path: Path) -> None:
+    inputs, labels = pictures(1000, seed=4)
+    path = write_data(
+        tmp_path / "data.npz", heldout_inputs=inputs, heldout_labels=np.where(inputs[:, 0, 0, 0], labels, 9)
+    )
+    application = make_application("quarters", dataset=artifacts.store(path, now=NOW))
+    model = write_model(tmp_path / "dense.onnx", dense_model())
+    variant = imports.import_model(application=application, path=model, name="dense", now=NOW)
+    assert (variant.accuracy_samples, variant.accuracy) == (1000, float((inputs[:, 0, 0, 0] > 0).mean()))
+    assert not Job.objects.exists()
+
+
+def test_accuracy_is_first_measured_on_a_part_and_refined_when_nothing_else_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "PATIENCE_S", 0.0)
     inputs, labels = pictures(1000, seed=4)
     path = write_data(tmp_path / "data.npz", heldout_inputs=inputs, heldout_labels=labels)
     application = make_application("quarters", dataset=artifacts.store(path, now=NOW))

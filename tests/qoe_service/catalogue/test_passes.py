@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ def test_a_pass_makes_a_sound_model_that_still_answers_right_and_the_same_bytes_
     assert operator in kinds(first)
     assert accuracy(first, data) >= accuracy(base(), data) - 0.02
     assert derived(base(), name, data).SerializeToString() == first.SerializeToString()
+
+
+def test_a_model_that_takes_plain_numbers_is_halved_in_an_order_that_runs(data: Dataset) -> None:
+    plain = dense_model()
+    del plain.graph.node[0]  # the cast of its pictures
+    plain.graph.node[0].input[0] = "image"
+    plain.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    halved = derived(plain, "float16", data)
+    onnx.checker.check_model(halved, full_check=True)
+    assert halved.graph.node[0].op_type == "Cast"
+    numbers = replace(data, heldout_inputs=data.heldout_inputs.astype(np.float32))
+    assert accuracy(halved, numbers) == accuracy(plain, numbers) == 1.0
 
 
 REFUSES = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class Command(BaseCommand):
                 self._run_jobs(variant)
         else:
             tasks.wake_workers()
+            if owner.jobs.filter(state=Job.State.QUEUED).exists():
+                self.stderr.write(f"jobs wait for a worker: manage.py jobs {application} --follow")
 
     def _take_data(self, application: Application, options: dict[str, Any]) -> None:
         keys = {"labels_key": options["labels_key"], "inputs_key": options["inputs_key"]}
@@ -75,12 +78,14 @@ class Command(BaseCommand):
                 base=options["base"],
                 passes=passes,
                 now=timezone.now(),
+                watch=functools.partial(self._tell_progress, "checked and measured"),
             )
         return [variant]
 
     def _run_jobs(self, variant: Variant) -> None:
         while (job := jobs.next_in_family(variant)) is not None:
-            ended = compression.run(job_id=job.pk, clock=timezone.now)
+            tell = functools.partial(self._tell_progress, f"{job.compression_pass} of {job.base.name}")
+            ended = compression.run(job_id=job.pk, clock=timezone.now, tell=tell)
             if ended is None:
                 self.stdout.write(f"{job.compression_pass}: left to the worker that runs jobs already")
                 return
@@ -88,6 +93,12 @@ class Command(BaseCommand):
                 self._tell(ended.result)
             elif ended.state != Job.State.CANCELLED:
                 self.stdout.write(f"{job.compression_pass}: {ended.state}: {ended.error}")
+
+    def _tell_progress(self, what: str, share: float) -> bool:
+        """On a terminal, one line that changes; nothing where it would fill a log."""
+        if self.stdout.isatty():
+            self.stdout.write(f"{share:>5.0%} {what:<70}", ending="\r")
+        return True
 
     def _tell(self, variant: Variant) -> None:
         accuracy = "not measured" if variant.accuracy is None else f"{variant.accuracy:.4f}"
