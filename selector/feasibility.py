@@ -15,6 +15,7 @@ MEMORY = "memory"
 ACCURACY = "accuracy_below_minimum"
 THREADS = "threads_above_cores"
 OPERATORS = "operators"
+NOT_MEASURED = "not_measured"
 BANNED = "banned"
 PUSH_DEFERRED = "push_deferred"
 LOW_BATTERY_SHARE = 0.15
@@ -44,6 +45,9 @@ def hard_masks(
     if context.supported_operators:
         lacking = [not variant.operators <= context.supported_operators for variant in table.variants]
         forbid(_where(np.array(lacking)[table.variant]), OPERATORS)
+    if context.unmeasured_digests:
+        unmeasured = [variant.digest in context.unmeasured_digests for variant in table.variants]
+        forbid(_where(np.array(unmeasured)[table.variant]), NOT_MEASURED)
     if bans:
         for place, variant in enumerate(table.variants):
             reason = bans.get(variant.digest, bans.get(variant.digest[:12]))

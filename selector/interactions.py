@@ -73,7 +73,8 @@ class Context:
     """What is known when deciding.
 
     ``cpu_load_share`` is the share of all cores that *other* processes use; ``memory_free_bytes`` 0 means
-    unknown; an empty ``supported_operators`` means that the device runs every operator.
+    unknown; an empty ``supported_operators`` means that the device runs every operator. ``unmeasured_digests`` are
+    variants that nobody of the device's kind has measured, and nobody allowed to be tried without.
     """
 
     device: str
@@ -90,6 +91,7 @@ class Context:
     cached_digests: frozenset[str] = frozenset()
     features: Mapping[str, float | str] = field(default_factory=dict)
     supported_operators: frozenset[str] = frozenset()
+    unmeasured_digests: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ def profile_from_record(record: Mapping[str, Any]) -> Profile:
 def context_from_record(record: Mapping[str, Any]) -> Context:
     """The context that ``as_record`` wrote."""
     known = _known(Context, record)
-    for name in ("cached_digests", "supported_operators"):
+    for name in ("cached_digests", "supported_operators", "unmeasured_digests"):
         known[name] = frozenset(record.get(name, ()))
     return Context(**{**known, "features": dict(record.get("features", {}))})
 

@@ -7,7 +7,8 @@ import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from qoe_service.catalogue.models import Application, Artifact, Profile, QoeFormula, Variant
+from qoe_service.catalogue.models import Application, Artifact, IsaAccuracy, Profile, QoeFormula, Variant
+from qoe_service.catalogue.places import isa_of
 from qoe_service.decisions.models import Decision, JoinedEvent, Learner, PolicyVersion
 from qoe_service.fleet.models import ApplicationKey, Device
 from qoe_service.rollouts.models import Assignment
@@ -47,6 +48,7 @@ def make_application(name: str = "digits", **fields: Any) -> Application:
     fields.setdefault("lease_s", 8.0)
     fields.setdefault("feedback_wait_s", 1.0)
     fields.setdefault("created_at", NOW)
+    fields.setdefault("explore_unmeasured", True)
     definition = fields.pop("formula", None)
     application = Application.objects.create(name=name, **fields)
     if definition is not None:
@@ -65,14 +67,24 @@ def make_variant(application: Application, name: str = "digits-small", **fields:
     fields.setdefault("accuracy_low", 0.88)
     fields.setdefault("accuracy_high", 0.92)
     fields.setdefault("accuracy_samples", 1000)
+    fields.setdefault("accuracy_isa", "x86_64 avx2")
     fields.setdefault("created_at", NOW)
     return Variant.objects.create(application=application, artifact=artifact, name=name, **fields)
 
 
 def make_profile(variant: Variant, device: Device | None = None, **fields: Any) -> Profile:
     """A measured profile: one millisecond an item unless given."""
-    values = {"threads": 1, "a_ms": 1.0, "b_ms": 0.1, "measured_at": NOW, **fields}
+    isa = isa_of(device.hardware) if device else ""
+    values = {"threads": 1, "a_ms": 1.0, "b_ms": 0.1, "isa": isa, "measured_at": NOW, **fields}
     return Profile.objects.create(variant=variant, device=device, **values)
+
+
+def make_isa_accuracy(variant: Variant, device: Device, **fields: Any) -> IsaAccuracy:
+    """What a device measured on the samples that its application has now."""
+    values = {"value": 0.9, "low": 0.85, "high": 0.94, "kind": "top-1", "samples": 200, "measured_at": NOW, **fields}
+    values.setdefault("samples_digest", variant.application.samples_id)
+    isa, device_class = isa_of(device.hardware), device.device_class
+    return IsaAccuracy.objects.create(variant=variant, device=device, isa=isa, device_class=device_class, **values)
 
 
 def make_decision(device: Device, application: Application, variant: Variant, **fields: Any) -> Decision:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from qoe_service.catalogue import jobs, retirement, roles, tasks, uploads
+from qoe_service.catalogue import exploration, jobs, profiling, retirement, roles, tasks, uploads
 from qoe_service.catalogue.models import Application
 from qoe_service.catalogue.passes import chains
 from qoe_service.decisions import policies
@@ -89,6 +89,28 @@ def _cancel_upload(wanted: Wanted) -> str:
     return "The upload is cancelled." if stopped else "The upload had ended already."
 
 
+def _explore(wanted: Wanted) -> str:
+    variant = retirement.get(wanted.application, wanted.subject)
+    exploration.allow(variant=variant, is_allowed=True, actor=wanted.actor, now=wanted.now)
+    return f"Devices may try {variant.name} before anybody of their class has measured it."
+
+
+def _measure_first(wanted: Wanted) -> str:
+    variant = retirement.get(wanted.application, wanted.subject)
+    exploration.allow(variant=variant, is_allowed=False, actor=wanted.actor, now=wanted.now)
+    return f"{variant.name} goes to a class of devices once one of them has measured it."
+
+
+def _cancel_profiling(wanted: Wanted) -> str:
+    profiling.cancel(job_id=_number(wanted.subject), actor=wanted.actor, now=wanted.now)
+    return "It is measured no more; its device hears of it at its next check-in."
+
+
+def _measure_again(wanted: Wanted) -> str:
+    profiling.run_again(job_id=_number(wanted.subject), actor=wanted.actor, now=wanted.now)
+    return "The next device of that class that is idle measures it."
+
+
 def _number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise InvalidInput("must be a number", field="do")
@@ -104,4 +126,8 @@ _VERBS: dict[str, tuple[str, Callable[[Wanted], str]]] = {
     "cancel-job": (roles.UPLOAD, _cancel_job),
     "run-again": (roles.UPLOAD, _run_again),
     "cancel-upload": (roles.UPLOAD, _cancel_upload),
+    "explore": (roles.BAN, _explore),
+    "measure-first": (roles.BAN, _measure_first),
+    "cancel-profiling": (roles.UPLOAD, _cancel_profiling),
+    "measure-again": (roles.UPLOAD, _measure_again),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qoe_service.catalogue.accuracies import Accuracy
 from web.catalogue_rows import Family, FamilyRow
 from web.formatting import milliseconds, share, size
 
@@ -19,7 +20,7 @@ _SIDES = ("bottom right", "top left")
 
 def figure(family: Family) -> dict[str, Any]:
     """Points with their intervals; no data before a variant has both numbers on this device class."""
-    rows = [row for row in family.rows if row.speed is not None and row.variant.accuracy is not None]
+    rows = [row for row in family.rows if row.speed is not None and row.accuracy is not None]
     layout = {
         "margin": {"l": 56, "r": 16, "t": 8, "b": 44},
         "xaxis": {"type": "log", "title": {"text": f"One request on {family.device_class}, ms"}, "dtick": "D2"},
@@ -59,7 +60,7 @@ def _points(rows: Sequence[FamilyRow]) -> list[dict[str, Any]]:
 
 
 def _group(rows: Sequence[FamilyRow], name: str, token: str, symbol: str) -> dict[str, Any]:
-    places = [_place(row) for row in rows]
+    places, known = [_place(row) for row in rows], [_accuracy(row) for row in rows]
     return {
         "type": "scatter",
         "mode": "markers+text" if symbol == "circle" and len(rows) <= _NAMED else "markers",
@@ -70,12 +71,8 @@ def _group(rows: Sequence[FamilyRow], name: str, token: str, symbol: str) -> dic
         "error_y": {
             "type": "data",
             "symmetric": False,
-            "array": [
-                _gap(row.variant.accuracy_high, accuracy) for row, (_, accuracy) in zip(rows, places, strict=True)
-            ],
-            "arrayminus": [
-                _gap(accuracy, row.variant.accuracy_low) for row, (_, accuracy) in zip(rows, places, strict=True)
-            ],
+            "array": [_gap(each.high, each.value) for each in known],
+            "arrayminus": [_gap(each.value, each.low) for each in known],
             "thickness": 1,
             "width": 3,
         },
@@ -90,15 +87,19 @@ def _group(rows: Sequence[FamilyRow], name: str, token: str, symbol: str) -> dic
 
 def _place(row: FamilyRow) -> tuple[float, float]:
     assert row.speed is not None
-    assert row.variant.accuracy is not None
-    return round(row.speed.latency_ms, 4), round(row.variant.accuracy, 5)
+    return round(row.speed.latency_ms, 4), round(_accuracy(row).value, 5)
 
 
-def _gap(high: float | None, low: float | None) -> float:
-    return 0.0 if high is None or low is None else round(max(high - low, 0.0), 5)
+def _accuracy(row: FamilyRow) -> Accuracy:
+    assert row.accuracy is not None
+    return row.accuracy
+
+
+def _gap(high: float, low: float) -> float:
+    return round(max(high - low, 0.0), 5)
 
 
 def _words(row: FamilyRow) -> str:
     assert row.speed is not None
-    facts = [milliseconds(row.speed.latency_ms), share(row.variant.accuracy), size(row.variant.artifact.size_bytes)]
+    facts = [milliseconds(row.speed.latency_ms), share(_accuracy(row).value), size(row.variant.artifact.size_bytes)]
     return " · ".join(facts) + (f"<br>{row.reason}" if row.standing == "dominated" else "")

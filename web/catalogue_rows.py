@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,23 +11,15 @@ from datetime import datetime
 from django.db.models import Q
 
 from qoe_service.catalogue import pareto
-from qoe_service.catalogue.models import Application, Job, Profile, Upload, Variant
+from qoe_service.catalogue.accuracies import Accuracies, Accuracy
+from qoe_service.catalogue.models import Application, Job, Upload, Variant
 from qoe_service.catalogue.passes import FAMILY, WHOLE_FAMILY
+from qoe_service.catalogue.places import Place
 from qoe_service.decisions.models import Ban
-from qoe_service.fleet.models import Device
 from qoe_service.rollouts.models import Assignment
+from web.measurement_rows import Measurement, Measurements, Speed
 
 _JOBS, _UPLOADS = 12, 4
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """One request of a variant on one device class: the median of its devices, with one thread."""
-
-    device_class: str
-    latency_ms: float
-    cpu_ms: float | None
-    devices: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +27,24 @@ class FamilyRow:
     """One variant in the light of one device class."""
 
     variant: Variant
-    speed: Speed | None
-    speeds: Sequence[Speed | str]
+    here: Measurement
+    everywhere: Sequence[Measurement]
     standing: str
     reason: str
     ban: Ban | None
     devices_running: int
     is_baseline: bool
     size_ratio: float | None
+
+    @property
+    def speed(self) -> Speed | None:
+        """One request at the place that is looked at."""
+        return self.here.speed
+
+    @property
+    def accuracy(self) -> Accuracy | None:
+        """What was measured on the instruction sets of that place, and on no others."""
+        return self.here.accuracy
 
     @property
     def made_by(self) -> str:
@@ -69,6 +70,7 @@ class Family:
     """The live parts of the page."""
 
     device_class: str
+    classes: Sequence[str]
     rows: Sequence[FamilyRow]
     retired: Sequence[FamilyRow]
     jobs: Sequence[Job]
@@ -85,37 +87,32 @@ class Family:
 class _Seen:
     """What all rows are built from."""
 
-    classes: Sequence[str]
-    speeds: Mapping[int, Mapping[str, Speed]]
+    measurements: Measurements
+    place: Place
     standings: Mapping[str, tuple[str, str]]
     bans: Mapping[str, Ban]
     running: Counter[str]
 
 
-def device_classes(application: Application) -> list[str]:
-    """The server, then every class of devices that may run the application."""
-    known = Device.objects.filter(revoked_at=None).filter(
-        Q(assignments__application=application) | Q(profiles__variant__application=application)
-    )
-    return [pareto.SERVER, *known.order_by("device_class").values_list("device_class", flat=True).distinct()]
-
-
 def family(*, application: Application, device_class: str, now: datetime) -> Family:
-    """The family as one device class sees it, in a fixed number of queries."""
+    """The family as one device class sees it (the server, where there is none of that name), in a fixed number of
+    queries."""
     variants = list(application.variants.select_related("artifact", "base__artifact"))
-    speeds = _speeds(application)
+    measurements = Measurements(application)
+    place = measurements.place(device_class)
     live_bans = Ban.objects.filter(Q(expires_at=None) | Q(expires_at__gt=now), application=application, device=None)
     seen = _Seen(
-        classes=device_classes(application),
-        speeds=speeds,
-        standings=_standings(application, device_class),
+        measurements=measurements,
+        place=place,
+        standings=_standings(application, place, measurements.accuracies),
         bans={ban.variant_digest: ban for ban in live_bans},
         running=Counter(Assignment.objects.filter(application=application).values_list("reported_digest", flat=True)),
     )
-    rows = [_row(each, application, seen, device_class) for each in variants]
+    rows = [_row(each, application, seen) for each in variants]
     jobs = application.jobs.select_related("base", "result")
     return Family(
-        device_class=device_class,
+        device_class=measurements.labels[place],
+        classes=list(measurements.labels.values()),
         rows=sorted((row for row in rows if row.variant.retired_at is None), key=_order),
         retired=[row for row in rows if row.variant.retired_at is not None],
         jobs=sorted(jobs.order_by("-id")[:_JOBS], key=lambda job: (not job.is_open, -job.pk)),
@@ -124,19 +121,14 @@ def family(*, application: Application, device_class: str, now: datetime) -> Fam
     )
 
 
-def _row(
-    variant: Variant,
-    application: Application,
-    seen: _Seen,
-    device_class: str,
-) -> FamilyRow:
-    own = seen.speeds.get(variant.pk, {})
-    standing, reason = seen.standings.get(variant.artifact_id, ("unmeasured", f"not measured on {device_class}"))
+def _row(variant: Variant, application: Application, seen: _Seen) -> FamilyRow:
+    here = seen.measurements.at(seen.place, variant)
+    standing, reason = seen.standings.get(variant.artifact_id, ("unmeasured", _why_unmeasured(here)))
     base_bytes = variant.base.artifact.size_bytes if variant.base else None
     return FamilyRow(
         variant=variant,
-        speed=own.get(device_class),
-        speeds=[own.get(each, each) for each in seen.classes],
+        here=here,
+        everywhere=seen.measurements.of(variant),
         standing="retired" if variant.retired_at else standing,
         reason=reason,
         ban=seen.bans.get(variant.artifact_id),
@@ -146,27 +138,15 @@ def _row(
     )
 
 
-def _speeds(application: Application) -> dict[int, dict[str, Speed]]:
-    """By variant and device class: what a request takes with one thread, the median over devices."""
-    found: dict[tuple[int, str], list[Profile]] = defaultdict(list)
-    rows = Profile.objects.filter(variant__application=application, threads=1).select_related("device")
-    for row in rows:
-        found[row.variant_id, row.device.device_class if row.device else pareto.SERVER].append(row)
-    speeds: dict[int, dict[str, Speed]] = defaultdict(dict)
-    for (variant, device_class), group in found.items():
-        cpu = [row.cpu_ms_per_row for row in group if row.cpu_ms_per_row is not None]
-        speeds[variant][device_class] = Speed(
-            device_class=device_class,
-            latency_ms=statistics.median(row.a_ms + row.b_ms for row in group),
-            cpu_ms=statistics.median(cpu) if cpu else None,
-            devices=len(group),
-        )
-    return speeds
+def _why_unmeasured(here: Measurement) -> str:
+    if here.speed is not None:
+        return f"accuracy not measured on {here.place.isa or 'its instruction sets'}"
+    return f"not measured on {here.label}"
 
 
-def _standings(application: Application, device_class: str) -> dict[str, tuple[str, str]]:
-    """By digest, for what was measured on this class."""
-    measured = pareto.fronts(application).get(device_class, [])
+def _standings(application: Application, place: Place, known: Accuracies) -> dict[str, tuple[str, str]]:
+    """By digest, for what was measured at this place."""
+    measured = pareto.fronts(application, known).get(place, [])
     return {each.point.digest: ("front" if each.is_on_front else "dominated", each.reason) for each in measured}
 
 

@@ -26,16 +26,17 @@ def catalogue(request: HttpRequest, name: str) -> HttpResponse:
     if request.method == "POST":
         _act(request, application)
         return HttpResponseRedirect(request.get_full_path())
-    now, classes = timezone.now(), catalogue_rows.device_classes(application)
+    now = timezone.now()
+    family = catalogue_rows.family(application=application, device_class=request.GET.get("class", ""), now=now)
     context = {
         "now": now,
         "section": name,
         "application": application,
-        "classes": classes,
-        "device_class": _device_class(request, classes),
+        "classes": family.classes,
+        "device_class": family.device_class,
         "passes": catalogue_rows.passes(),
         "may": roles.held_by(request.user),
-        "family": catalogue_rows.family(application=application, device_class=_device_class(request, classes), now=now),
+        "family": family,
     }
     return live_page(request, "catalogue", context)
 
@@ -45,14 +46,9 @@ def catalogue(request: HttpRequest, name: str) -> HttpResponse:
 def catalogue_figure(request: HttpRequest, name: str) -> HttpResponse:
     """Accuracy against latency on one device class as a figure for plotly.js."""
     application = get_object_or_404(Application, pk=name)
-    device_class = _device_class(request, catalogue_rows.device_classes(application))
+    device_class = request.GET.get("class", "")
     family = catalogue_rows.family(application=application, device_class=device_class, now=timezone.now())
     return tagged(request, json.dumps(catalogue_chart.figure(family), allow_nan=False), "application/json")
-
-
-def _device_class(request: HttpRequest, classes: list[str]) -> str:
-    wanted = request.GET.get("class", "")
-    return wanted if wanted in classes else classes[0]
 
 
 def _act(request: HttpRequest, application: Application) -> None:

@@ -14,6 +14,7 @@ from device_agents.wire import Name
 from qoe_service.catalogue import applications, packages
 from qoe_service.catalogue.intake_api import router as intake
 from qoe_service.catalogue.models import Application, Variant
+from qoe_service.catalogue.profiling_api import router as profiling
 from qoe_service.errors import NotPermitted
 from qoe_service.fleet.api import ApplicationAuth
 from qoe_service.fleet.models import ApplicationKey
@@ -63,6 +64,7 @@ class VariantOut(Schema):
 
 router = Router(tags=["catalogue"], auth=[SessionAuth(), ApplicationAuth()])
 router.add_router("", intake)
+router.add_router("", profiling)
 
 
 @router.get("/applications", response=list[ApplicationOut])

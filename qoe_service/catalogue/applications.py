@@ -71,6 +71,7 @@ class ApplicationRecord(Record):
     epsilon: Share = 0.05
     holdout: Share = 0.05
     exploration_budget: Share = 0.05
+    explore_unmeasured: bool = False
     health_gate: Gate = Gate()
 
     def as_fields(self) -> dict[str, Any]:
@@ -82,6 +83,7 @@ class ApplicationRecord(Record):
             "epsilon",
             "holdout",
             "exploration_budget",
+            "explore_unmeasured",
             "health_gate",
             "configurations",
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from django.db import transaction
 
-from qoe_service.catalogue import artifacts, datasets, evaluation, jobs, profiles, sandbox
+from qoe_service.catalogue import artifacts, datasets, evaluation, jobs, profiles, samples, sandbox
 from qoe_service.catalogue.models import Artifact, Job, Variant
 from qoe_service.catalogue.passes import PASSES
 
@@ -42,6 +42,8 @@ def run(*, job_id: int, clock: Callable[[], datetime], tell: Callable[[float], o
     try:
         if job.compression_pass == jobs.ACCURACY:
             variant = refine_accuracy(job=job, watch=watch)
+        elif job.compression_pass == jobs.SAMPLES:
+            variant = samples.make(job=job, watch=watch, clock=clock)
         else:
             variant = derive(job=job, watch=watch, clock=clock)
             profiles.measure_on_server(variant=variant, watch=watch, now=clock())

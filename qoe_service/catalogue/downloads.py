@@ -15,7 +15,7 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHt
 from device_agents.wire import FieldProblem, Problem, SharedWeights, WeightReference
 from qoe_service.catalogue import artifacts
 from qoe_service.catalogue.artifacts import CHUNK_BYTES
-from qoe_service.catalogue.models import Artifact, Variant
+from qoe_service.catalogue.models import Artifact, ProfilingJob, Variant, Work
 from qoe_service.errors import NotAuthenticated, NotFound, RangeNotSatisfiable, ServiceError
 from qoe_service.fleet.api import DeviceAuth
 from qoe_service.fleet.models import Device
@@ -64,7 +64,7 @@ async def artifact(request: HttpRequest, digest: str) -> HttpResponseBase:
         return HttpResponse(status=405, headers={"Allow": "GET, HEAD"})
     try:
         device = await _authorise(request)
-        return await _answer(request, await _size_of(digest, is_for_device=device is not None), digest)
+        return await _answer(request, await _size_of(digest, device), digest)
     except ServiceError as error:
         return _problem(error, headers_of(error))
 
@@ -75,7 +75,7 @@ async def weights(request: HttpRequest, digest: str) -> HttpResponseBase:
         return HttpResponse(status=405, headers={"Allow": "GET"})
     try:
         device = await _authorise(request)
-        await _size_of(digest, is_for_device=device is not None)
+        await _size_of(digest, device)
         listed = await sync_to_async(artifacts.weights_of)(digest)
     except ServiceError as error:
         return _problem(error, headers_of(error))
@@ -116,11 +116,12 @@ async def _authorise(request: HttpRequest) -> Device | None:
     return None
 
 
-async def _size_of(digest: str, *, is_for_device: bool) -> int:
-    """How long it is. To a device, data sets do not exist: it gets variants and nothing else."""
+async def _size_of(digest: str, device: Device | None) -> int:
+    """How long it is. To a device, data sets do not exist: it gets variants, and the samples of its profiling job."""
     known = Artifact.objects.filter(pk=digest)
-    if is_for_device:
-        known = known.filter(Exists(Variant.objects.filter(artifact=OuterRef("pk"))))
+    if device is not None:
+        given = ProfilingJob.objects.filter(device=device, state=Work.State.RUNNING, samples_digest=OuterRef("pk"))
+        known = known.filter(Exists(Variant.objects.filter(artifact=OuterRef("pk"))) | Exists(given))
     # No database is asked about what cannot be a digest: PostgreSQL refuses NUL.
     found = await known.afirst() if _DIGEST.fullmatch(digest) else None
     if found is None:

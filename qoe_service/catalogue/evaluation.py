@@ -115,11 +115,6 @@ def add_reference(box: Sandbox, application: Application, root: Variant | None =
         box.add(REFERENCE, artifacts.open_for_reading(first.artifact_id))
 
 
-def accuracy_on(variant: Variant, isa: str) -> float | None:
-    """The accuracy measured on these instruction sets; None elsewhere, since 8-bit sums saturate on some processors."""
-    return variant.accuracy if variant.accuracy_isa == isa else None
-
-
 def measure(box: Sandbox, request: dict[str, Any], *, watch: Watch | None = None) -> Measured:
     """Let the sandbox check and measure a model. Raises Refused or Cancelled."""
     answer = box.ask(request, watch=watch)

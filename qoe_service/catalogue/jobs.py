@@ -20,7 +20,7 @@ from qoe_service.errors import Conflict, NotFound
 from qoe_service.fleet import audit
 
 STALE_AFTER, MAX_ATTEMPTS = claims.STALE_AFTER, claims.MAX_ATTEMPTS
-ACCURACY = "accuracy"  # stands where other jobs name their pass
+ACCURACY, SAMPLES = "accuracy", "samples"  # stand where other jobs name their pass
 ENDED_WITHOUT_RESULT = (Job.State.FAILED, Job.State.CANCELLED, Job.State.REFUSED)
 WHY_NOT = {
     Job.State.REFUSED: "the pass before it cannot help this model",
@@ -184,4 +184,4 @@ def _is_due() -> Q:
 
 
 def _is_refinement() -> ExpressionWrapper[Q]:
-    return ExpressionWrapper(Q(compression_pass=ACCURACY), output_field=BooleanField())
+    return ExpressionWrapper(Q(compression_pass__in=(ACCURACY, SAMPLES)), output_field=BooleanField())

@@ -60,7 +60,14 @@ class Application(models.Model):
         default=0.05, help_text="share of the baseline's mean QoE that exploring may cost; 1 sets no bound"
     )
     health_gate = models.JSONField(default=dict, blank=True)
+    explore_unmeasured = models.BooleanField(
+        default=False, help_text="whether devices may try variants that nobody of their class has measured"
+    )
     dataset = models.ForeignKey(Artifact, null=True, blank=True, on_delete=models.PROTECT, related_name="+")
+    samples = models.ForeignKey(Artifact, null=True, blank=True, on_delete=models.PROTECT, related_name="+")
+    samples_from = models.CharField(max_length=64, blank=True, help_text="data set whose samples devices get")
+    samples_kind = models.CharField(max_length=16, blank=True)
+    samples_count = models.PositiveIntegerField(default=0)
     created_at = models.DateTimeField()
 
     class Meta:
@@ -111,6 +118,7 @@ class Variant(models.Model):
     accuracy_samples = models.PositiveIntegerField(default=0)
     accuracy_isa = models.CharField(max_length=100, blank=True, help_text="where the accuracy was measured")
     memory_bytes = models.PositiveBigIntegerField(default=0)
+    explore_unmeasured = models.BooleanField(default=False, help_text="may be tried where nobody has measured it")
     created_at = models.DateTimeField()
     retired_at = models.DateTimeField(null=True, blank=True)
 
@@ -232,6 +240,7 @@ class Profile(models.Model):
 
     variant = models.ForeignKey(Variant, on_delete=models.CASCADE, related_name="profiles")
     device = models.ForeignKey("fleet.Device", null=True, blank=True, on_delete=models.CASCADE, related_name="profiles")
+    isa = models.CharField(max_length=100, blank=True, help_text="instruction sets of the device, places.isa_of")
     threads = models.PositiveIntegerField()
     a_ms = models.FloatField()
     b_ms = models.FloatField()
@@ -249,3 +258,54 @@ class Profile(models.Model):
             ),
         ]
         ordering = (F("device").asc(nulls_first=True), "variant", "threads")
+
+
+class IsaAccuracy(models.Model):
+    """Accuracy of a variant on the instruction sets of a device, as that device measured it on samples; the newest."""
+
+    variant = models.ForeignKey(Variant, on_delete=models.CASCADE, related_name="isa_accuracies")
+    isa = models.CharField(max_length=100)
+    device = models.ForeignKey("fleet.Device", null=True, blank=True, on_delete=models.SET_NULL, related_name="+")
+    device_class = models.CharField(max_length=64)
+    kind = models.CharField(max_length=16)
+    value = models.FloatField()
+    low = models.FloatField()
+    high = models.FloatField()
+    samples = models.PositiveIntegerField()
+    samples_digest = models.CharField(max_length=64)
+    measured_at = models.DateTimeField()
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=("variant", "isa"), name="one_accuracy_per_isa"),
+            models.CheckConstraint(
+                condition=Q(low__gte=0, low__lte=F("value"), value__lte=F("high"), high__lte=1),
+                name="isa_accuracy_is_a_share",
+            ),
+        ]
+        ordering = ("variant", "isa")
+
+
+class ProfilingJob(Work):
+    """One variant to be measured by any idle device of a class with these instruction sets. That device is its runner.
+
+    ``heartbeat_at`` is when it was last offered, or failed.
+    """
+
+    variant = models.ForeignKey(Variant, on_delete=models.CASCADE, related_name="profiling_jobs")
+    device_class = models.CharField(max_length=64)
+    isa = models.CharField(max_length=100)
+    device = models.ForeignKey("fleet.Device", null=True, blank=True, on_delete=models.SET_NULL, related_name="+")
+    samples_digest = models.CharField(max_length=64, blank=True, help_text="what the device measures accuracy on")
+    failures = models.PositiveIntegerField(default=0, help_text="results without numbers, since it was last asked for")
+
+    class Meta:
+        ordering = ("id",)
+        constraints = [
+            models.UniqueConstraint(fields=("variant", "device_class", "isa"), name="one_profiling_job_per_place")
+        ]
+
+    @property
+    def offer_id(self) -> str:
+        """What a device calls it: another each time that it is offered."""
+        return f"{self.pk}-{self.attempts}"

@@ -10,19 +10,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qoe_service.catalogue import accuracies
+from qoe_service.catalogue.accuracies import Accuracies, Accuracy
 from qoe_service.catalogue.models import Application, Profile, Variant
-from qoe_service.fleet.models import Device
+from qoe_service.catalogue.places import SERVER, Place
 
-SERVER = "server"
 SAME_SPEED = 0.03  # times closer than this are the same: two runs of one model differ as much
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A variant on one class of devices; times are of a single row on one thread. ``root`` is the imported model.
-
-    ``accuracy_from`` names the instruction sets that the accuracy was measured with, where those are not the class's.
-    """
+    """A variant on one class of devices; times are of a single row on one thread. ``root`` is the imported model."""
 
     name: str
     digest: str
@@ -32,7 +30,6 @@ class Point:
     size_bytes: int
     cpu_ms: float | None = None
     root: str = ""
-    accuracy_from: str = ""
 
     @property
     def is_compressed(self) -> bool:
@@ -42,7 +39,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What a measured variant is worth on one class of devices, and why; on the front only with a reservation."""
+    """What a measured variant is worth on one class of devices, and why."""
 
     point: Point
     dominated_by: str = ""
@@ -69,18 +66,34 @@ def recommended(points: Sequence[Point]) -> list[Point]:
     return [standing.point for standing in front(points) if standing.is_on_front]
 
 
-def fronts(application: Application) -> dict[str, list[Standing]]:
-    """Standings per device class, and on the server. A variant without a measurement there is not in the list."""
+def fronts(application: Application, known: Accuracies | None = None) -> dict[Place, list[Standing]]:
+    """Standings per place, the server's among them. A variant whose speed, or whose accuracy on these instruction sets,
+    was not measured is not in the list. ``known`` is ``accuracies.of(application)``, where that was read already."""
     rows = Profile.objects.filter(variant__application=application, variant__retired_at=None, threads=1)
     rows = rows.exclude(variant__accuracy=None).select_related("variant__artifact", "device")
-    measured: dict[str, dict[int, list[Profile]]] = defaultdict(lambda: defaultdict(list))
+    measured: dict[Place, dict[int, list[Profile]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        measured[row.device.device_class if row.device else SERVER][row.variant_id].append(row)
-    names = _root_names(application)
-    return {
-        place: front([_point(found, names) for found in variants.values()])
+        measured[place_of(row)][row.variant_id].append(row)
+    names, known = _root_names(application), accuracies.of(application) if known is None else known
+    points = {
+        place: [
+            _point(found, accuracy, names)
+            for found in variants.values()
+            if (accuracy := accuracy_at(place, found[0].variant, known)) is not None
+        ]
         for place, variants in sorted(measured.items())
     }
+    return {place: front(found) for place, found in points.items() if found}
+
+
+def place_of(row: Profile) -> Place:
+    """Where a profile holds."""
+    return Place(row.device.device_class, row.isa) if row.device else SERVER
+
+
+def accuracy_at(place: Place, variant: Variant, known: Accuracies) -> Accuracy | None:
+    """What was measured on the place's instruction sets; None where nothing was, whatever other places say."""
+    return accuracies.of_variant(variant) if place == SERVER else known.get((variant.pk, place.isa))
 
 
 def _standing(point: Point, points: Sequence[Point], root: Point | None) -> Standing:
@@ -91,13 +104,9 @@ def _standing(point: Point, points: Sequence[Point], root: Point | None) -> Stan
         )
     better = [other for other in points if _dominates(other, point)]
     if not better:
-        return Standing(point, reason=_reservation(point))
+        return Standing(point)
     best = min(better, key=lambda other: (other.latency_ms, -other.accuracy, other.size_bytes, other.name))
     return Standing(point, best.name, f"no more accurate and {_losses(point, best)} than {best.name}")
-
-
-def _reservation(point: Point) -> str:
-    return f"accuracy not measured here, but on {point.accuracy_from}" if point.accuracy_from else ""
 
 
 def _dominates(one: Point, other: Point) -> bool:
@@ -122,28 +131,19 @@ def _losses(point: Point, best: Point) -> str:
     return " and ".join(parts) or "no faster or smaller"
 
 
-def _point(rows: Sequence[Profile], root_names: dict[int, str]) -> Point:
+def _point(rows: Sequence[Profile], accuracy: Accuracy, root_names: dict[int, str]) -> Point:
     variant = rows[0].variant
     cpu = [row.cpu_ms_per_row for row in rows if row.cpu_ms_per_row is not None]
     return Point(
         name=variant.name,
         digest=variant.artifact_id,
-        accuracy=variant.accuracy or 0.0,
-        accuracy_high=variant.accuracy_high or 0.0,
+        accuracy=accuracy.value,
+        accuracy_high=accuracy.high,
         latency_ms=statistics.median(row.a_ms + row.b_ms for row in rows),
         size_bytes=variant.artifact.size_bytes,
         cpu_ms=statistics.median(cpu) if cpu else None,
         root=root_names[variant.pk],
-        accuracy_from="" if all(_has_isa_of(variant, row.device) for row in rows) else variant.accuracy_isa,
     )
-
-
-def _has_isa_of(variant: Variant, device: Device | None) -> bool:
-    """Whether a device computes as the server did that measured the accuracy."""
-    if device is None:
-        return True
-    machine, *words = variant.accuracy_isa.split() or [""]
-    return device.hardware.get("architecture") == machine and set(device.hardware.get("isa", ())) == set(words)
 
 
 def _root_names(application: Application) -> dict[int, str]:

@@ -11,19 +11,20 @@ from datetime import datetime
 from typing import NamedTuple
 
 from django.conf import settings
-from django.db.models import Q
+from django.db.models import Q, QuerySet
 from prometheus_client import Counter
 from pydantic import ValidationError
 
 from device_agents.wire import ProfileReport
 from qoe_service.catalogue import artifacts, sandbox
 from qoe_service.catalogue.models import Application, Profile, Variant
+from qoe_service.catalogue.places import Place, isa_of
 from qoe_service.fleet.models import Device
 from selector import interactions
 
 log = logging.getLogger(__name__)
 
-MEASURED = ("a_ms", "b_ms", "r2", "load_ms", "memory_bytes", "cpu_ms_per_row", "measured_at")
+MEASURED = ("a_ms", "b_ms", "r2", "load_ms", "memory_bytes", "cpu_ms_per_row", "isa", "measured_at")
 CLASS_ROWS = 500
 IGNORED = Counter("qoe_profiles_ignored_total", "Profile reports about unknown digests, or of runs that took no time")
 # No model runs in no time: the selector refuses such a profile, and with it every ranking that it is part of.
@@ -55,11 +56,23 @@ def record_reports(*, device: Device, reports: Sequence[ProfileReport], now: dat
     return Recorded(stored, ignored)
 
 
+def at(place: Place) -> QuerySet[Profile]:
+    """What devices of a class measured on these instruction sets."""
+    return Profile.objects.filter(USABLE, device__device_class=place.device_class, isa=place.isa)
+
+
+def measured_at_place(*, application: Application, place: Place) -> frozenset[str]:
+    """Digests of the variants that some device of this place has measured."""
+    rows = at(place).filter(variant__application=application)
+    return frozenset(rows.values_list("variant__artifact_id", flat=True))
+
+
 def profiles_for(*, device: Device, application: Application) -> tuple[interactions.Profile, ...]:
-    """All that is known for a device: its own profiles, the medians of its class, and the server's."""
+    """All that is known for a device: its own profiles, the medians of its class on its instruction sets, and the
+    server's, which are no more than a first guess."""
     rows = Profile.objects.filter(USABLE, variant__application=application).select_related("variant")
-    own = [_value(row, "device") for row in rows.filter(device=device)]
-    peers = rows.filter(device__device_class=device.device_class).exclude(device=device)
+    here = rows.filter(device__device_class=device.device_class, isa=isa_of(device.hardware))
+    own, peers = [_value(row, "device") for row in here.filter(device=device)], here.exclude(device=device)
     lent = _medians([_value(row, "class") for row in peers.order_by("-measured_at")[:CLASS_ROWS]])
     server = [_value(row, "server") for row in rows.filter(device=None)]
     return (*own, *lent, *server)
@@ -108,6 +121,7 @@ def _row(variant: int, device: Device | None, report: ProfileReport, now: dateti
         load_ms=report.load_ms,
         memory_bytes=report.memory_bytes,
         cpu_ms_per_row=report.cpu_ms_per_row,
+        isa=isa_of(device.hardware) if device else "",
         measured_at=now,
     )
 

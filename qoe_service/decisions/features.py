@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from device_agents.wire import Hardware, Telemetry
+from qoe_service.catalogue import accuracies
 from qoe_service.catalogue.models import Application, QoeFormula, Variant
 from qoe_service.decisions.models import Decision
 from qoe_service.fleet.models import Device
@@ -14,7 +15,7 @@ from selector import interactions, reward
 
 # Labels that say something about the user or the place. Others (serial numbers, limits, owners) are for people.
 FEATURE_LABELS = ("persona", "preference", "site")
-_actions: dict[str, tuple[tuple[Any, ...], tuple[interactions.Action, ...]]] = {}
+_actions: dict[tuple[str, str], tuple[tuple[Any, ...], tuple[interactions.Action, ...]]] = {}
 
 
 def context_of(
@@ -24,6 +25,7 @@ def context_of(
     arrival_rate_rps: float | None,
     cached_digests: Collection[str],
     incumbent: Decision | None,
+    unmeasured_digests: Collection[str] = (),
 ) -> interactions.Context:
     """What is known when deciding: the device as it last reported itself, the application and its traffic there."""
     hardware = Hardware.model_validate(device.hardware)
@@ -42,6 +44,7 @@ def context_of(
         baseline=baseline_of(application),
         cached_digests=frozenset(cached_digests),
         features=_features(device, hardware, telemetry),
+        unmeasured_digests=frozenset(unmeasured_digests),
     )
 
 
@@ -73,27 +76,30 @@ def _features(device: Device, hardware: Hardware, telemetry: Telemetry) -> dict[
     return {name: value for name, value in (features | labels).items() if value != ""}
 
 
-def actions_of(application: Application) -> tuple[interactions.Action, ...]:
-    """Selectable variants times the application's configurations.
+def actions_of(application: Application, isa: str) -> tuple[interactions.Action, ...]:
+    """Selectable variants times the application's configurations, with the accuracy measured on these instruction sets;
+    where there is none yet, the server's is a first guess.
 
     The same tuple comes back while nothing changes: the selector keeps what it derived from it.
     """
     rows = Variant.objects.filter(application=application, accuracy__isnull=False, retired_at=None)
-    variants = tuple(_variant(row) for row in rows.select_related("artifact").order_by("name"))
+    found = accuracies.by_devices(application, isa)
+    variants = tuple(_variant(row, isa, found) for row in rows.select_related("artifact").order_by("name"))
     configurations = tuple(dict.fromkeys(configuration_of(record) for record in application.configurations))
-    known = _actions.get(application.pk)
+    known = _actions.get((application.pk, isa))
     if known is None or known[0] != (variants, configurations):
         actions = tuple(interactions.Action(variant, each) for variant in variants for each in configurations)
-        known = _actions[application.pk] = ((variants, configurations), actions)
+        known = _actions[application.pk, isa] = ((variants, configurations), actions)
     return known[1]
 
 
-def _variant(row: Variant) -> interactions.Variant:
+def _variant(row: Variant, isa: str, found: Mapping[int, float]) -> interactions.Variant:
+    server = row.accuracy or 0.0
     return interactions.Variant(
         digest=row.artifact_id,
         name=row.name,
         size_bytes=row.artifact.size_bytes,
-        accuracy=row.accuracy or 0.0,
+        accuracy=server if row.accuracy_isa == isa else found.get(row.pk, server),
         precision=row.precision,
         memory_bytes=row.memory_bytes,
         operators=frozenset(row.operators),

@@ -7,7 +7,9 @@ import uuid
 from collections.abc import Collection
 from datetime import datetime
 
+from qoe_service.catalogue import exploration
 from qoe_service.catalogue.models import Application
+from qoe_service.catalogue.places import isa_of
 from qoe_service.catalogue.profiles import profiles_for
 from qoe_service.decisions import policies
 from qoe_service.decisions.features import actions_of, context_of, formula_of
@@ -49,6 +51,7 @@ def decide(
         arrival_rate_rps=arrival_rate_rps,
         cached_digests=cached_digests,
         incumbent=incumbent_decision,
+        unmeasured_digests=exploration.unmeasured(device=device, application=application),
     )
     try:
         formula_version, formula = formula_of(application)
@@ -82,11 +85,11 @@ def decide(
 def _rank(
     decision_id: str, device: Device, application: Application, context: Context, *, formula: QoeFormula, now: datetime
 ) -> Ranking:
-    actions = actions_of(application)
+    actions = actions_of(application, isa_of(device.hardware))
     profiles = profiles_for(device=device, application=application)
     calibration = calibration_of(application, context)
     bans = policies.bans_of(application=application, device=device, now=now)
-    exploration = ranking.Exploration(
+    budget = ranking.Exploration(
         epsilon=application.epsilon,
         holdout=application.holdout,
         slo_violation_limit=application.slo_violation_limit,
@@ -104,7 +107,7 @@ def _rank(
             policy=champion.policy,
             policy_version=champion.number,
             best_fixed=champion.best_fixed,
-            exploration=exploration,
+            exploration=budget,
             bans=bans,
         )
 

@@ -12,14 +12,14 @@ from django.db.models import Q
 from kombu.exceptions import OperationalError
 
 from device_agents.wire import ApplicationReport, CheckIn, CheckInReply, UpdateState
-from qoe_service.catalogue import profiles
+from qoe_service.catalogue import profiles, profiling
 from qoe_service.decisions import ranking
 from qoe_service.decisions.models import Decision, Learner
 from qoe_service.errors import NotPermitted
 from qoe_service.fleet import keys, reports
 from qoe_service.fleet.models import Device
 from qoe_service.observability import current_trace_id
-from qoe_service.rollouts import desired, health, reconcile, tasks
+from qoe_service.rollouts import changes, desired, health, reconcile, tasks
 from qoe_service.rollouts.models import Assignment
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ def check_in(*, device: Device, report: CheckIn, rng: random.Random, now: dateti
         reconcile.assign_applications(device=device)
         health.record_outcomes(device=device, reports=report.outcomes, decisions=decisions, now=now)
         _record_applications(device, report.applications, decisions, now)
+        if profiling.attend(device=device, report=report.profiling, applications=_applications_of(device), now=now):
+            changes.announce(device_id=device.pk, now=now)
+            Assignment.objects.filter(device=device).update(undecided_until=None)  # what it measured opens the gate
     if reconcile.ready(now=now).filter(device=device).exists():
         _wake(device.pk)
     return CheckInReply(
@@ -77,6 +80,10 @@ def _own_decisions(device: Device, report: CheckIn) -> dict[str, Decision]:
         if decision_id in known and known[decision_id].device_id != device.pk:
             raise NotPermitted("the decision belongs to another device", field=field)
     return known
+
+
+def _applications_of(device: Device) -> list[str]:
+    return list(Assignment.objects.filter(device=device).values_list("application_id", flat=True))
 
 
 def _record_applications(

@@ -12,11 +12,13 @@ from device_agents.wire import (
     DesiredApplication,
     DesiredState,
     HealthGate,
+    ProfilingJob,
     ServingConfiguration,
     SignedDesired,
     VariantReference,
 )
-from qoe_service.catalogue.models import Application, Variant
+from qoe_service.catalogue import profiling
+from qoe_service.catalogue.models import Application, Artifact, Variant
 from qoe_service.decisions.models import Decision
 from qoe_service.fleet import keys
 from qoe_service.fleet.models import Device
@@ -66,6 +68,7 @@ def document(*, device: Device, version: int, now: datetime) -> DesiredState:
             for each, decision in decided
             if (each.application_id, decision.variant_digest) in variants
         ),
+        profiling=_profiling(device),
     )
 
 
@@ -96,11 +99,22 @@ def _fallback(
     return None
 
 
+def _profiling(device: Device) -> ProfilingJob | None:
+    job = profiling.offered_to(device)
+    samples = Artifact.objects.filter(pk=job.samples_digest).first() if job else None
+    if job is None or samples is None:
+        return None
+    name = f"samples of {job.variant.application_id}"
+    return ProfilingJob(job_id=job.offer_id, variant=_reference(job.variant), samples=_placed(samples, name))
+
+
 def _reference(variant: Variant) -> VariantReference:
-    digest = variant.artifact_id
-    return VariantReference(
-        digest=digest, name=variant.name, size_bytes=variant.artifact.size_bytes, url=f"/artifacts/sha256/{digest}"
-    )
+    return _placed(variant.artifact, variant.name)
+
+
+def _placed(artifact: Artifact, name: str) -> VariantReference:
+    digest = artifact.digest
+    return VariantReference(digest=digest, name=name, size_bytes=artifact.size_bytes, url=f"/artifacts/sha256/{digest}")
 
 
 def _variants(assignments: Iterable[Assignment]) -> Variants:

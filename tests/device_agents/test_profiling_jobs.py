@@ -16,7 +16,7 @@ import pytest
 
 from device_agents.client import ServiceClient
 from device_agents.config import AgentConfig
-from device_agents.errors import AttemptFailed
+from device_agents.errors import AttemptFailed, ServiceRefused
 from device_agents.profiling_jobs import Command, Idleness, Measured, ProfilingJobs, why_busy
 from device_agents.store import Identity, Store
 from device_agents.wire import (
@@ -25,6 +25,7 @@ from device_agents.wire import (
     Hardware,
     ProfileReport,
     ProfilingJob,
+    ProfilingResult,
     ProfilingState,
     Telemetry,
     UpdateState,
@@ -295,3 +296,16 @@ def test_an_idle_agent_measures_what_the_signed_document_names(make_agent: MakeA
     assert result.profile.digest == TWICE.digest
     assert result.profile.load_ms > 0
     assert result.accuracy == AccuracyReport(kind="top-1", samples=10, correct=10)
+
+
+@pytest.mark.parametrize(("status", "is_kept"), [(422, False), (503, True)])
+def test_a_result_that_the_service_will_never_take_does_not_silence_the_device(
+    status: int, is_kept: bool, make_agent: MakeAgent, service: FakeService
+) -> None:
+    agent = make_agent()
+    agent.enrol()
+    agent.store.save_profiling_results((ProfilingResult(job_id="7-1", error="no room"),))
+    service.failing = status
+    with pytest.raises(ServiceRefused):
+        agent.work_once()
+    assert bool(agent.store.profiling_results()) is is_kept

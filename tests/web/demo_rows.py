@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from qoe_service.catalogue.models import Application, Job, Upload, Variant
+from qoe_service.catalogue.models import Application, Artifact, Job, ProfilingJob, Upload, Variant
 from qoe_service.decisions.models import Ban, Decision, Feedback, Learner
 from qoe_service.fleet.models import Device
 from qoe_service.rollouts.models import Assignment, AttemptOutcome
@@ -43,6 +43,8 @@ DEVICES = (
     ("camera", 0.16, "careful", ("digits",)),
     ("sensor-hub", 0.1, "thrifty", ("digits",)),
 )
+X86 = {"architecture": "x86_64", "cpu_model": "Xeon Platinum 8375C", "isa": ["avx2", "avx512", "vnni"]}
+ARM = {"architecture": "aarch64", "cpu_model": "Cortex-A76", "isa": ["neon", "neon-dot"]}
 SLO_MS = {"digits": 50.0, "parity": 20.0}
 FORMULAS = {
     name: QoeFormula(slo_p95_ms=slo, accuracy_floor=0.8, energy_reference_cpu_ms=8) for name, slo in SLO_MS.items()
@@ -116,7 +118,7 @@ def _variants(application: Application, now: datetime) -> list[tuple[str, Varian
             accuracy_low=accuracy - 0.011,
             accuracy_high=accuracy + 0.010,
             accuracy_samples=3594,
-            accuracy_isa="x86-64, avx2, onnxruntime 1.31.1",
+            accuracy_isa="x86_64 avx2 avx512 vnni",
             base=base,
             compression_pass="static_int8" if base else "",
             memory_bytes=size * 3,
@@ -149,11 +151,9 @@ def _device(what: tuple[str, float, str, tuple[str, ...]], now: datetime, rng: r
             "users": "simulated",
         },
         hardware={
-            "architecture": "x86_64",
-            "cpu_model": "Xeon Platinum 8375C",
+            **(ARM if name in {"tablet", "phone"} else X86),
             "cores": 2,
             "memory_bytes": 8 * 2**30,
-            "isa": ["avx2", "avx512", "vnni"],
             "runtime_version": "onnxruntime 1.31.1",
         },
         telemetry={
@@ -350,11 +350,33 @@ def _policies(fleet: Fleet, now: datetime) -> None:
 def _catalogue(fleet: Fleet, now: datetime) -> None:
     """Profiles on a second class, a variant that another beats, one that is retired, uploads, jobs in a chain."""
     application, tablet = fleet.applications["digits"], fleet.devices["tablet"]
-    for name, precision, *_, service_ms in VARIANTS["digits"]:
+    application.explore_unmeasured = False
+    application.samples, _ = Artifact.objects.get_or_create(
+        digest=builders.sha256_of("samples"), defaults={"size_bytes": 52_000, "created_at": now}
+    )
+    application.save()
+    for name, precision, _, accuracy, service_ms in VARIANTS["digits"]:
         if name != "digits-medium":
             # this class has no fast 8-bit instructions, so that 8 bits lose there
             slower = 3.4 if precision == "int8" and name != "digits-narrow-int8" else 1.6
-            builders.make_profile(fleet.variants[name], tablet, a_ms=service_ms * slower, b_ms=0.2, measured_at=now)
+            speed = {"a_ms": service_ms * slower, "b_ms": 0.2, "load_ms": 31.0, "memory_bytes": 6_400_000}
+            builders.make_profile(fleet.variants[name], tablet, measured_at=now, cpu_ms_per_row=service_ms, **speed)
+            value = round(accuracy * 200) / 200 - 0.01
+            share = {"value": value, "low": value - 0.037, "high": value + 0.027, "measured_at": now}
+            builders.make_isa_accuracy(fleet.variants[name], tablet, **share)
+    for name, device, job_state, error in (
+        ("digits-medium", tablet, ProfilingJob.State.RUNNING, ""),
+        ("digits-wide", fleet.devices["phone"], ProfilingJob.State.FAILED, "no room for 2140000 bytes"),
+    ):
+        ProfilingJob.objects.create(
+            variant=fleet.variants[name],
+            device=device,
+            device_class=device.device_class,
+            isa="aarch64 neon-dot",
+            state=job_state,
+            error=error,
+            created_at=now,
+        )
     for name, row in fleet.variants.items():
         made = {"pass": row.compression_pass, "parameters": {"per_channel": True}} if row.base else {}
         row.provenance = {**made, "opset": 17, "versions": {"onnx": "1.23.2", "onnxruntime": "1.31.1"}}
@@ -375,6 +397,7 @@ def _catalogue(fleet: Fleet, now: datetime) -> None:
         size_bytes=180_000,
     )
     builders.make_profile(beaten, tablet, a_ms=7.1, b_ms=0.3, measured_at=now)
+    builders.make_isa_accuracy(beaten, tablet, value=0.88, low=0.83, high=0.92, measured_at=now)
     builders.make_variant(
         application,
         "digits-wide-pruned",

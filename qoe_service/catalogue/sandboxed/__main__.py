@@ -62,6 +62,13 @@ def split(request: dict[str, Any]) -> dict[str, Any]:
     return {**answer, "head_weights": pieces.find(cuts.HEAD), "tail_weights": pieces.find(cuts.TAIL)}
 
 
+def sample(request: dict[str, Any]) -> dict[str, Any]:
+    """Choose the samples that devices measure accuracy on."""
+    from . import samples  # noqa: PLC0415 - as above
+
+    return samples.write(datasets.load(DATA), REFERENCE, count=request["count"], max_bytes=request["max_bytes"])
+
+
 def measured(path: Path, request: dict[str, Any], tell: Callable[[float], None]) -> dict[str, Any]:
     """Facts about a model, where it can be cut, and its accuracy where there is data, on as much as is asked for."""
     from . import checks, cuts, evaluation, pieces  # noqa: PLC0415 - as above
@@ -105,7 +112,13 @@ def tell_progress(share: float) -> None:
     os.replace("progress.new", "progress")
 
 
-COMMANDS = {"describe-data": describe_data, "measure": measure, "compress": compress, "split": split}
+COMMANDS = {
+    "describe-data": describe_data,
+    "measure": measure,
+    "compress": compress,
+    "split": split,
+    "sample": sample,
+}
 
 if __name__ == "__main__":
     main()

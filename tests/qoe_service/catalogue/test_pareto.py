@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from qoe_service.catalogue import evaluation, pareto
+from qoe_service.catalogue import pareto
+from qoe_service.catalogue.models import Application, Artifact
 from qoe_service.catalogue.pareto import Point
-from tests.builders import make_application, make_device, make_profile, make_variant
+from qoe_service.catalogue.places import SERVER, Place
+from tests.builders import NOW, make_application, make_device, make_isa_accuracy, make_profile, make_variant
 
 BASE = Point("base", "0" * 64, accuracy=0.834, accuracy_high=0.851, latency_ms=0.06, size_bytes=50_000, root="base")
 
@@ -65,28 +67,30 @@ def test_each_class_of_devices_has_its_own_front_of_what_was_measured_there() ->
     for number, a_ms in enumerate((1.0, 2.0, 9.0)):
         make_profile(base, make_device(f"phone-{number}", device_class="phone"), a_ms=a_ms, b_ms=0.0)
     fronts = pareto.fronts(application)
+    phone = Place("phone", "x86_64 avx2")
     assert {place: [each.point.name for each in found] for place, found in fronts.items()} == {
-        "phone": ["base"],
-        "server": ["base", "quick"],
+        phone: ["base"],
+        SERVER: ["base", "quick"],
     }
-    assert fronts["phone"][0].point.latency_ms == 2.0
-    assert [each.is_on_front for each in fronts["server"]] == [False, True]
+    assert fronts[phone][0].point.latency_ms == 2.0
+    assert [each.is_on_front for each in fronts[SERVER]] == [False, True]
 
 
 @pytest.mark.django_db
-def test_a_front_tells_when_an_accuracy_comes_from_other_instruction_sets() -> None:
-    variant = make_variant(make_application(), accuracy_isa="x86_64 avx2 vnni")
-    for name, isa in (("old", ["avx2"]), ("new", ["vnni", "avx2"])):
-        hardware = {"isa": isa, "architecture": "x86_64"}
-        make_profile(variant, make_device(name, device_class=name, hardware=hardware))
+def test_no_accuracy_is_copied_between_instruction_sets() -> None:
+    dataset, _ = Artifact.objects.get_or_create(digest="d" * 64, defaults={"size_bytes": 1, "created_at": NOW})
+    variant = make_variant(make_application(samples=dataset), accuracy=0.9, accuracy_isa="x86_64 avx2 vnni")
+    old, new = (
+        make_device(name, device_class="board", hardware={"isa": isa, "architecture": "x86_64"})
+        for name, isa in (("old", ["avx2"]), ("new", ["vnni", "avx2"]))
+    )
+    for device in (old, new):
+        make_profile(variant, device)
+    with_vnni, without = Place("board", "x86_64 avx2 vnni"), Place("board", "x86_64 avx2")
+    assert set(pareto.fronts(variant.application)) == {with_vnni}, "a class of two kinds of devices is two places"
+    make_isa_accuracy(variant, old, value=0.6, low=0.5, high=0.7)
     fronts = pareto.fronts(variant.application)
-    assert fronts["new"][0].reason == ""
-    assert fronts["old"][0].reason == "accuracy not measured here, but on x86_64 avx2 vnni"
-    assert fronts["old"][0].is_on_front
-
-
-@pytest.mark.django_db
-def test_accuracy_is_known_only_where_it_was_measured() -> None:
-    variant = make_variant(make_application(), accuracy=0.9, accuracy_isa="x86_64 avx2 vnni")
-    assert evaluation.accuracy_on(variant, "x86_64 avx2 vnni") == 0.9
-    assert evaluation.accuracy_on(variant, "x86_64 avx2") is None
+    assert [fronts[place][0].point.accuracy for place in (with_vnni, without)] == [0.9, 0.6]
+    Application.objects.update(samples=None)
+    variant.application.refresh_from_db()
+    assert without not in pareto.fronts(variant.application), "what was measured on other samples counts no more"
