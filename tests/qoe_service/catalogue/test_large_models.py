@@ -14,9 +14,9 @@ from django.core.management import call_command
 from django.utils import timezone
 
 from device_agents.runtime import Session
-from qoe_service.catalogue import artifacts, compression, imports, jobs, packages
+from qoe_service.catalogue import artifacts, compression, imports, jobs, packages, sandbox
 from qoe_service.catalogue.models import Application, Piece, Variant
-from qoe_service.catalogue.sandboxed import checks, containers
+from qoe_service.catalogue.sandboxed import checks, containers, footer
 from qoe_service.catalogue.sandboxed.refusal import Refusal
 from qoe_service.errors import InvalidInput, TooLarge
 from tests.builders import NOW, make_application
@@ -63,7 +63,7 @@ def application(tmp_path: Path, db: None) -> Application:
 def variant(application: Application, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Variant:
     """Imported from a folder by the command, as what is too large for one protobuf."""
     monkeypatch.setattr(imports, "MAX_MODEL_BYTES", LOW)
-    monkeypatch.setattr(imports.sandbox, "CONTAINER_FACTOR", imports.sandbox.MEASURING_FACTOR)
+    monkeypatch.setattr(sandbox, "CONTAINER_FACTOR", sandbox.MEASURING_FACTOR)
     call_command("import_model", "quarters", str(large_model(tmp_path / "large").parent), stdout=io.StringIO())
     return Variant.objects.get()
 
@@ -167,8 +167,8 @@ def test_a_container_that_points_elsewhere_is_refused(tmp_path: Path, key: str, 
     tensor, _ = next(iter(containers.external(forged)))
     next(entry for entry in tensor.external_data if entry.key == key).value = value
     changed = forged.SerializeToString()
-    weights = path.read_bytes()[: -len(graph) - containers.FOOTER.size]
-    path.write_bytes(weights + changed + containers.FOOTER.pack(len(changed), containers.MAGIC))
+    weights = path.read_bytes()[: -len(graph) - footer.FOOTER.size]
+    path.write_bytes(weights + changed + footer.FOOTER.pack(len(changed), footer.MAGIC))
     with pytest.raises(Refusal, match=r"does not lie in its container|is not said"):
         checks.check(path)
 
