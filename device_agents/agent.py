@@ -11,7 +11,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Self
@@ -22,11 +22,13 @@ from device_agents.client import ServiceClient, full_jitter_s
 from device_agents.config import AgentConfig
 from device_agents.desired import open_desired
 from device_agents.drain import TOO_LARGE_OR_WRONG, Drain
-from device_agents.errors import AgentError, DesiredRefused, ServiceRefused, ServiceUnreachable
+from device_agents.errors import AgentError, DesiredRefused, NotFound, ServiceRefused, ServiceUnreachable
 from device_agents.executor import Executor
 from device_agents.followers import Followers
 from device_agents.membership import Membership
 from device_agents.profiling_jobs import Idleness, ProfilingJobs
+from device_agents.runtime import Array
+from device_agents.served import Answer
 from device_agents.spool import Kept, Spool
 from device_agents.store import Identity, Store
 from device_agents.telemetry import TelemetryReader, hardware
@@ -210,6 +212,23 @@ class Agent:
         with self._poked:
             self._due = _Due(check_in=self._due.check_in or check_in, look_at_s=min(self._due.look_at_s, look_at_s))
             self._poked.notify()
+
+    def infer(
+        self,
+        model_name: str,
+        inputs: Mapping[str, Array],
+        *,
+        timeout_s: float | None = None,
+        within_ms: float = math.inf,
+    ) -> Answer:
+        """Answers an app in this process; ``answer.served.decision_id`` is what it may rate, by ``accept_feedback``.
+
+        Raises NotFound, Overloaded, BadRequest or RunFailed, and TimeoutError after ``timeout_s``.
+        """
+        executor = self.executors.get(model_name)
+        if executor is None:
+            raise NotFound(f"unknown model {model_name}")
+        return executor.infer(inputs, timeout_s=timeout_s, within_ms=within_ms)
 
     def accept_feedback(self, feedback: Feedback) -> Kept:
         """Keeps feedback of a local app for the service, and says whether it could."""

@@ -11,9 +11,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from device_agents.agent import Agent
 from device_agents.config import AgentConfig
+from device_agents.errors import NotFound
 from device_agents.runtime import EmulatedQuota
 from device_agents.store import Record
 from device_agents.wire import (
+    Feedback,
     Hardware,
     HealthGate,
     Outcome,
@@ -47,6 +49,18 @@ def test_a_wake_up_leads_to_serving_the_decision_within_a_second(agent: Agent, s
     eventually(lambda: running(agent) == "d1")
     assert time.monotonic() - started_s < 1
     assert answer(agent) == 2
+
+
+def test_an_app_in_the_same_process_is_answered_and_rates_the_decision(agent: Agent, service: FakeService) -> None:
+    with pytest.raises(NotFound, match="unknown model digits"):
+        agent.infer("digits", ROW)
+    service.want(desired(TWICE, "d1"))
+    eventually(lambda: running(agent) == "d1")
+    answered = agent.infer("digits", ROW)
+    assert answered.outputs["y"].tolist() == [[2, 2, 2, 2]]
+    assert answered.served.decision_id == "d1"
+    agent.accept_feedback(Feedback(id="f1", decision_id=answered.served.decision_id, rating=0.9))
+    eventually(lambda: "f1" in service.feedback)
 
 
 def test_a_served_decision_is_reported_with_its_profile_and_outcome(agent: Agent, service: FakeService) -> None:
