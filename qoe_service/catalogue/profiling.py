@@ -62,8 +62,11 @@ def attend(*, device: Device, report: ProfilingState | None, applications: Colle
 
 def offered_to(device: Device) -> ProfilingJob | None:
     """The job that the device's desired document names."""
-    rows = ProfilingJob.objects.select_related("variant__artifact", "variant__application")
-    return rows.filter(device=device, state=State.RUNNING).first()
+    rows = ProfilingJob.objects.filter(device=device, state=State.RUNNING)
+    # Asked at every look, and nearly always there is none: then the joins would cost most of the answer.
+    if not rows.exists():
+        return None
+    return rows.select_related("variant__artifact", "variant__application").first()
 
 
 def get(job_id: int) -> ProfilingJob:

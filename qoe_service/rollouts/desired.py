@@ -25,6 +25,11 @@ from qoe_service.fleet.models import Device
 from qoe_service.rollouts.models import Assignment, DesiredVersion
 
 Variants = dict[tuple[str, str], Variant]
+# What a document needs. A decision also holds all its candidates, which a look has no use for.
+_READ = (
+    *("device_id", "last_good_digest", "decision__variant_digest", "decision__configuration", "decision__trace_id"),
+    *("application__baseline_digest", "application__health_gate", "application__lease_s", "application__slo_p95_ms"),
+)
 
 
 def version_of(*, device_id: str) -> int:
@@ -54,7 +59,7 @@ def document(*, device: Device, version: int, now: datetime) -> DesiredState:
 
     ``version`` was read before: a change since then shows under the old version, and comes once more.
     """
-    assignments = Assignment.objects.filter(device=device).select_related("decision", "application")
+    assignments = Assignment.objects.filter(device=device).select_related("decision", "application").only(*_READ)
     decided = [(each, each.decision) for each in assignments if each.decision is not None]
     variants = _variants(each for each, _ in decided)
     return DesiredState(
