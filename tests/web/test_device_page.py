@@ -40,7 +40,14 @@ def test_identity_hardware_and_telemetry_are_shown_in_human_units(operator: Clie
     builders.make_device(
         labels={"cpu-limit": "real", "applications": "digits"},
         hardware={"cores": 4, "memory_bytes": 8_000_000_000, "isa": ["avx2", "vnni"], "cpu_model": "Cortex-A72"},
-        telemetry={"memory_free_bytes": 512_000_000, "cpu_load_share": 0.25, "temperature_c": 61.4, "throttled": True},
+        telemetry={
+            "memory_free_bytes": 512_000_000,
+            "cpu_load_share": 0.25,
+            "temperature_c": 61.4,
+            "throttled": True,
+            "network": "wifi",
+            "downlink_mbps": 18.5,
+        },
         dropped={"spool_full": 7},
         agent_version="0.1.0",
     )
@@ -48,6 +55,7 @@ def test_identity_hardware_and_telemetry_are_shown_in_human_units(operator: Clie
     for shown in (
         *("class tablet", "cpu limit: real", "Cortex-A72", "Cores 4", "Memory 8.00 GB", "avx2, vnni", "Agent 0.1.0"),
         *("Memory free 512 MB", "CPU used by others 25.0 %", "61 °C", "Throttled yes", "spool full 7"),
+        "Network wifi, 18.5 Mbit/s down",
     ):
         assert shown in page, shown
 
