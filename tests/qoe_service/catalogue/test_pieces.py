@@ -13,11 +13,14 @@ import onnx
 import pytest
 from django.utils import timezone
 
-from qoe_service.catalogue import artifacts, collection, spans
+from qoe_service.catalogue import artifacts, collection, compression, cuts, imports, jobs, spans
 from qoe_service.catalogue.models import Artifact, Piece
+from qoe_service.catalogue.passes import PASSES
 from qoe_service.catalogue.sandboxed import pieces
 from qoe_service.catalogue.spans import Span
 from tests.builders import NOW, make_application, make_variant
+from tests.qoe_service.catalogue import tiny_models
+from tests.qoe_service.catalogue.tiny_models import quarters, write_data, write_model
 
 WEIGHTS = np.random.default_rng(0).bytes(200_000)
 FIRST, SECOND = b"first " + WEIGHTS + b" end", b"another head " + WEIGHTS + b"!"
@@ -118,3 +121,43 @@ def test_a_piece_goes_with_the_last_file_that_holds_it(artifact_folder: Path) ->
     collection.collect(now=later)
     assert not Artifact.objects.exists()
     assert not [path for path in artifact_folder.rglob("*") if path.is_file()]
+
+
+def deep_model() -> onnx.ModelProto:
+    """A right model with a square layer in its middle, 1 MiB of weights."""
+    rng = np.random.default_rng(4)
+    wide, square = rng.normal(size=(64, 512)).astype(np.float32), np.eye(512, dtype=np.float32)
+    weights = {"wide": wide, "square": square, "back": (np.linalg.pinv(wide) @ quarters()).astype(np.float32)}
+    nodes = [
+        onnx.helper.make_node("Cast", ["image"], ["floats"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Flatten", ["floats"], ["rows"]),
+        onnx.helper.make_node("MatMul", ["rows", "wide"], ["wider"]),
+        onnx.helper.make_node("MatMul", ["wider", "square"], ["squared"]),
+        onnx.helper.make_node("MatMul", ["squared", "back"], ["logits"]),
+    ]
+    return tiny_models.model(nodes, weights)
+
+
+def pieces_of(artifact: Artifact) -> set[str]:
+    return {each.digest for each in artifacts.weights_of(artifact.digest) if each.size_bytes >= pieces.MIN_BYTES}
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("quick_profiler")
+def test_halves_of_a_variant_and_variants_that_differ_in_calibration_share_their_weights(tmp_path: Path) -> None:
+    application = make_application("quarters", dataset=artifacts.store(write_data(tmp_path / "data.npz"), now=NOW))
+    path = write_model(tmp_path / "deep.onnx", deep_model())
+    base = imports.import_model(application=application, path=path, name="deep", now=NOW)
+    halves = cuts.split(variant=base, tensor="squared", now=NOW)
+    assert len(pieces_of(base.artifact)) == 2
+    assert pieces_of(halves.head) == pieces_of(base.artifact)
+    sisters = []
+    for name in ("static-int8", "static-int8-entropy"):
+        parameters = dict(PASSES[name].parameters)
+        job = jobs.queue(base=base, compression_pass=name, parameters=parameters, now=NOW)
+        ended = compression.run(job_id=job.pk, clock=timezone.now)
+        assert ended is not None
+        assert ended.result is not None, ended.error
+        sisters.append(ended.result.artifact)
+    assert sisters[0] != sisters[1]
+    assert pieces_of(sisters[0]) == pieces_of(sisters[1]) != set()
