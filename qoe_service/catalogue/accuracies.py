@@ -54,7 +54,7 @@ def of_variant(variant: Variant) -> Accuracy | None:
 
 
 def _on_server(application: Application) -> list[tuple[Variant, Accuracy]]:
-    variants = Variant.objects.filter(application=application)
+    variants = Variant.objects.filter(application=application).exclude(accuracy_isa="")
     return [(each, known) for each in variants if (known := of_variant(each)) is not None]
 
 

@@ -125,7 +125,7 @@ def test_a_new_kind_of_device_gets_a_variant_once_it_has_measured_it(
     page = shown(console)
     assert "1 on the front for board" in page
     assert re.search(r"aarch64 neon-dot [\d.]+ ms a request", page), page
-    assert re.search(r"100 % accurate, 98.1 % to 100 %, 200 samples, board-1", page), page
+    assert re.search(r"100 % accurate, 98.1 % to 100 % 200 samples, board-1", page), page
     measured = console.get("/api/v1/applications/quarters/measurements").raise_for_status().json()
     (accuracy,) = measured["accuracies"]
     assert (accuracy["isa"], accuracy["samples"]) == ("aarch64 neon-dot", 200)

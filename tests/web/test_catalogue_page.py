@@ -230,7 +230,7 @@ def test_other_instruction_sets_show_nothing_until_a_device_of_them_has_measured
     page = text_of(operator.get(f"{PATH}?class=board"))
     assert "3 in use · 1 on the front for board" in page
     assert "21.0 ms a request, loaded in 30.0 ms board-1, 1 Jun 2026 12:00" in page
-    assert "70.0 % accurate, 60.0 % to 80.0 %, 200 samples, board-1, 1 Jun 2026 12:00" in page
+    assert "70.0 % accurate, 60.0 % to 80.0 % 200 samples, board-1, 1 Jun 2026 12:00" in page
 
 
 def test_a_class_of_two_kinds_of_devices_is_two_places(operator: Client, family: Application, board: Device) -> None:

@@ -312,3 +312,10 @@ def test_a_peer_on_other_instruction_sets_lends_no_profile(variant: Variant, boa
     newer = make_device("board-2", device_class="board", hardware={**BOARD, "isa": ["neon-dot", "i8mm"]})
     make_profile(variant, newer)
     assert profiles.profiles_for(device=board, application=variant.application) == ()
+
+
+def test_unknown_instruction_sets_are_nobodys(variant: Variant) -> None:
+    Variant.objects.update(accuracy_isa="")
+    assert accuracies.of(variant.application) == {}
+    silent = make_device("silent", hardware={})
+    assert not attend(silent, IDLE), "a device that has not told its architecture measures for nobody"
