@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qoe_service.catalogue import sandbox
+from qoe_service.catalogue.sandboxed.footer import FOOTER, MAGIC, WEIGHTS
 
 LIMITS = sandbox.Limits(wall_s=40.0, cpu_s=30, memory_bytes=2**30, file_bytes=2**28)
 GRACE_S = 5.0
@@ -84,8 +86,26 @@ def by_hand(valid: bytes) -> Iterator[tuple[str, bytes]]:
         model = onnx.load_from_string(valid)
         _point_outside(model.graph.initializer[-1], place)
         yield f"weights in {place}", model.SerializeToString()
+    for name, changed in _CONTAINERS.items():
+        yield name, _container(valid, **changed)
+    yield "a container of nothing", FOOTER.pack(0, MAGIC)
+    yield "a container of noise", bytes(range(256)) + FOOTER.pack(256, MAGIC)
+    yield "a container shorter than its graph", valid + FOOTER.pack(2**40, MAGIC)
     for name, nodes in _GRAPHS.items():
         yield name, _graph(nodes)
+
+
+def _container(valid: bytes, *, location: str = WEIGHTS, offset: int = 0, length: int | None = None) -> bytes:
+    """What a model of 2 GiB would come as: weights, then the graph that points at them, and at what it should not."""
+    model = onnx.load_from_string(valid)
+    tensor = max(model.graph.initializer, key=lambda each: len(each.raw_data))
+    weights = tensor.raw_data
+    _point_outside(tensor, location)
+    for key, value in (("offset", offset), ("length", len(weights) if length is None else length)):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, str(value)
+    graph = model.SerializeToString()
+    return weights + graph + FOOTER.pack(len(graph), MAGIC)
 
 
 def _point_outside(tensor: onnx.TensorProto, place: str) -> None:
@@ -120,6 +140,16 @@ def _nest(model: onnx.ModelProto, depth: int) -> None:
     model.graph.node.append(helper.make_node("If", ["condition"], ["x"], then_branch=graph))
 
 
+_CONTAINERS: dict[str, dict[str, Any]] = {
+    "a sound container": {},
+    "a container with weights in /etc/passwd": {"location": "/etc/passwd"},
+    "a container with weights in another folder": {"location": f"../{WEIGHTS}"},
+    "a container with weights before its beginning": {"offset": -1},
+    "a container with weights beyond its end": {"offset": 2**40},
+    "a container with weights in its graph": {"offset": 100},
+    "a container with endless weights": {"length": 2**62},
+    "a container with too few weights": {"length": 4},
+}
 _CHANGES: dict[str, Callable[[onnx.ModelProto], object]] = {
     "weights that are not numbers": lambda model: _set_weights(model, np.nan),
     "endless weights": lambda model: _set_weights(model, np.inf),
