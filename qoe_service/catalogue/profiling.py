@@ -16,7 +16,7 @@ from django.db import transaction
 from django.db.models import F, Q, QuerySet
 
 from device_agents.wire import AccuracyReport, ProfileReport, ProfilingResult, ProfilingState
-from qoe_service.catalogue import profiles
+from qoe_service.catalogue import profiles, samples
 from qoe_service.catalogue.evaluation import wilson_interval
 from qoe_service.catalogue.exploration import place_of
 from qoe_service.catalogue.models import IsaAccuracy, ProfilingJob, Variant
@@ -111,6 +111,7 @@ def _offer(device: Device, applications: Collection[str], now: datetime) -> bool
     place = place_of(device)
     if not place.isa:
         return False
+    samples.queue_missing(applications=applications, now=now)
     for variant in _waiting(place, applications):
         key = {"variant": variant, "device_class": place.device_class, "isa": place.isa}
         job, _ = ProfilingJob.objects.get_or_create(**key, defaults={"created_at": now})

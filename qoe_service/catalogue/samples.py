@@ -1,11 +1,11 @@
 """Samples for devices: a few held-out inputs and what is right for each, as one artifact per data set.
 
-A worker makes them in the sandbox, as a job like any other, after all that makes variants.
+A worker makes them in the sandbox, as a job like any other, once a device is idle, and after all that makes variants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 from typing import Literal
 
@@ -27,9 +27,10 @@ class Made(BaseModel):
     count: int = Field(ge=1, le=SAMPLES_LIMIT)
 
 
-def queue_missing(*, now: datetime) -> None:
-    """Ask, once per data set, for the samples of applications that have something to measure them with."""
-    for application in Application.objects.exclude(dataset=None).exclude(samples_from=F("dataset")):
+def queue_missing(*, applications: Collection[str], now: datetime) -> None:
+    """Ask, once per data set, for the samples of those applications that have none yet."""
+    named = Application.objects.filter(pk__in=applications)
+    for application in named.exclude(dataset=None).exclude(samples_from=F("dataset")):
         base = application.variants.filter(base=None, accuracy__isnull=False).order_by("pk").first()
         parameters = {"dataset": application.dataset_id}
         asked = Job.objects.filter(application=application, compression_pass=jobs.SAMPLES, parameters=parameters)

@@ -8,7 +8,7 @@ from celery import shared_task
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
-from qoe_service.catalogue import collection, compression, jobs, samples, uploads
+from qoe_service.catalogue import collection, compression, jobs, uploads
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +16,6 @@ log = logging.getLogger(__name__)
 @shared_task
 def run_queued() -> None:
     """Start what may start. Beat calls it again and again, so that lost messages and dead runners do not matter."""
-    samples.queue_missing(now=timezone.now())
     for upload_id in uploads.runnable(now=timezone.now()):
         run_upload.delay(upload_id)
     for job_id in jobs.runnable(now=timezone.now()):

@@ -22,12 +22,12 @@ from tests.qoe_service.served import ROOT, Served, serve
 AT_ONCE = Idleness(quiet_s=0.0, load_share=1.0, battery_share=0.0)
 BOARD = Hardware(architecture="aarch64", cpu_model="Example board", cores=2, isa=("neon", "neon-dot"))
 
-# What an operator does: an application without a baseline, one model with its data. A worker then makes the samples.
+# What an operator does: an application without a baseline, one model with its data.
 SET_UP = """
 import django; django.setup()
 from pathlib import Path
 from django.utils import timezone
-from qoe_service.catalogue import applications, compression, datasets, imports, jobs, samples
+from qoe_service.catalogue import applications, datasets, imports
 from tests.qoe_service.catalogue.tiny_models import dense_model, write_data, write_model
 folder, now = Path(sys.argv[1]), timezone.now()
 record = {"name": "quarters", "title": "Quarters", "slo_p95_ms": 500, "lease_s": 60, "configurations": [{}]}
@@ -35,9 +35,13 @@ dataset = datasets.import_dataset(path=write_data(folder / "data.npz"), now=now)
 application = applications.define(record=record, dataset=dataset, now=now)
 path = write_model(folder / "dense.onnx", dense_model())
 imports.import_model(application=application, path=path, name="dense", now=now)
-samples.queue_missing(now=now)
-for job_id in jobs.runnable(now=now):
-    compression.run(job_id=job_id, clock=timezone.now)
+"""
+WORK = """
+import django; django.setup()
+from django.utils import timezone
+from qoe_service.catalogue import compression, jobs
+for job_id in jobs.runnable(now=timezone.now()):
+    print(compression.run(job_id=job_id, clock=timezone.now).compression_pass)
 """
 DECIDE = """
 import django; django.setup()
@@ -113,7 +117,11 @@ def until(question: Callable[[], bool], what: str) -> None:
 def test_a_new_kind_of_device_gets_a_variant_once_it_has_measured_it(
     served: Served, console: httpx.Client, agent: Agent
 ) -> None:
-    agent.work_once()  # reports that it is idle, and reads its document; its threads do not run yet
+    agent.work_once()  # reports that it is idle; its threads do not run yet
+    assert "board aarch64 neon-dot not measured accuracy not measured" in shown(console)
+    assert "samples" in run(served, WORK), "a worker makes what the device measures on"
+    agent.poke(check_in=True)
+    agent.work_once()  # finds the job in its document
     page = shown(console)
     assert "measuring on board-1" in page
     assert "accuracy not measured" in page

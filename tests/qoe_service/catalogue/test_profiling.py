@@ -9,7 +9,7 @@ import pytest
 
 from device_agents.wire import ProfilingResult, ProfilingState
 from qoe_service.catalogue import accuracies, exploration, profiles, profiling
-from qoe_service.catalogue.models import Application, Artifact, IsaAccuracy, Profile, ProfilingJob, Variant
+from qoe_service.catalogue.models import Application, Artifact, IsaAccuracy, Job, Profile, ProfilingJob, Variant
 from qoe_service.catalogue.places import Place
 from qoe_service.errors import Conflict, InvalidInput, NotFound
 from qoe_service.fleet.models import AuditEntry, Device
@@ -121,7 +121,9 @@ def test_only_what_the_device_runs_and_may_be_chosen_is_measured(variant: Varian
     assert not attend(board, IDLE)
     Variant.objects.update(retired_at=None)
     Application.objects.update(samples_from="f" * 64)
+    assert not Job.objects.exists()
     assert not attend(board, IDLE), "its samples are of another data set"
+    assert [job.compression_pass for job in Job.objects.all()] == ["samples"], "a worker makes them now"
 
 
 def test_one_device_of_a_place_measures_for_all(variant: Variant, board: Device) -> None:

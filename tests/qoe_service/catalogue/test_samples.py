@@ -29,7 +29,7 @@ def prepared(tmp_path: Path, **replaced: Any) -> Variant:
 
 def made() -> Application:
     """Runs the job that a worker finds."""
-    samples.queue_missing(now=NOW)
+    samples.queue_missing(applications=["quarters"], now=NOW)
     job = compression.run(job_id=Job.objects.get().pk, clock=lambda: NOW)
     assert job is not None
     assert (job.state, job.error) == (Job.State.DONE, "")
@@ -53,12 +53,12 @@ def test_a_worker_chooses_samples_once_per_data_set(tmp_path: Path) -> None:
     assert (str(found["kind"]), found["inputs"].shape) == ("top-1", (200, 1, 8, 8))
     chosen = np.unique(np.linspace(0, 449, 200).astype(int))
     assert (found["expected"] == labels[chosen]).all()
-    samples.queue_missing(now=NOW)
+    samples.queue_missing(applications=["quarters", "others"], now=NOW)
     assert Job.objects.count() == 1
     data = artifacts.store(write_data(tmp_path / "b.npz", calibration_inputs=pictures(64, seed=9)[0]), now=NOW)
     Application.objects.update(dataset=data)
-    samples.queue_missing(now=NOW)
-    samples.queue_missing(now=NOW)
+    samples.queue_missing(applications=["quarters"], now=NOW)
+    samples.queue_missing(applications=["quarters"], now=NOW)
     assert list(Job.objects.values_list("base", flat=True)) == [variant.pk] * 2
 
 
@@ -92,16 +92,16 @@ def test_without_labels_the_base_models_answers_are_right(tmp_path: Path) -> Non
 
 def test_without_labels_and_base_model_there_is_nothing_to_measure_by(tmp_path: Path) -> None:
     prepared(tmp_path, heldout_labels=None)
-    samples.queue_missing(now=NOW)
+    samples.queue_missing(applications=["quarters"], now=NOW)
     job = compression.run(job_id=Job.objects.get().pk, clock=lambda: NOW)
     assert job is not None
     assert (job.state, job.error) == (Job.State.REFUSED, "there are no labels, and no base model to agree with")
-    samples.queue_missing(now=NOW)
+    samples.queue_missing(applications=["quarters"], now=NOW)
     assert Job.objects.get().state == Job.State.REFUSED, "a refusal is no reason to ask for ever"
 
 
 def test_samples_wait_for_everything_that_makes_variants(tmp_path: Path) -> None:
     variant = prepared(tmp_path)
-    samples.queue_missing(now=NOW)
+    samples.queue_missing(applications=["quarters"], now=NOW)
     later = jobs.queue(base=variant, compression_pass="static-int8", parameters={}, now=NOW)
     assert jobs.runnable(now=NOW) == [later.pk]
