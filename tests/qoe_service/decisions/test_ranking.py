@@ -207,9 +207,10 @@ def test_a_corrupt_policy_is_passed_over_for_the_last_good_one_and_that_is_visib
 
 
 def name_baseline(scene: Scene) -> str:
-    """Makes the slowest variant the baseline, which no prediction would choose; its action's key."""
+    """Makes the slowest variant the baseline, which no prediction would choose, without a budget; its action's key."""
     scene.application.baseline_digest = scene.variants[2].artifact_id
     scene.application.baseline_configuration = scene.application.configurations[0]
+    scene.application.exploration_budget = 1.0
     scene.application.save()
     return features.baseline_of(scene.application) or ""
 
