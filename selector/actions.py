@@ -46,8 +46,12 @@ def _read(actions: tuple[Action, ...]) -> ActionTable:
     position = {key: index for index, key in enumerate(keys)}
     if len(position) != len(keys):
         twice = next(key for index, key in enumerate(keys) if position[key] != index)
-        raise InvalidInput("actions", f"must not name one action twice: {twice}")
+        raise InvalidInput("actions", f"must not name one action twice: {twice} (12 characters tell digests apart)")
     variants = {action.variant.digest: action.variant for action in actions}
+    for action in actions:
+        same = variants[action.variant.digest]
+        if action.variant is not same and action.variant != same:
+            raise InvalidInput("actions", f"must not describe one variant in two ways: {same.digest[:12]}")
     configurations = {action.configuration: None for action in actions}
     for configuration in configurations:
         check_configuration(configuration)
@@ -78,6 +82,8 @@ def _read(actions: tuple[Action, ...]) -> ActionTable:
 
 def _check_variant(variant: Variant) -> None:
     name("variant.digest", variant.digest)
+    if not isinstance(variant.precision, str):
+        raise InvalidInput("variant.precision", "must be a string")
     number("variant.accuracy", variant.accuracy, 0, 1)
     number("variant.size_bytes", variant.size_bytes, 0, 1e15)
     number("variant.memory_bytes", variant.memory_bytes, 0, 1e18)

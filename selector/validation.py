@@ -4,7 +4,7 @@ through."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from selector.errors import InvalidInput
 from selector.interactions import Candidate, Configuration, Context, Interaction, Measurement, Prediction, Profile
@@ -64,6 +64,7 @@ def check_context(context: Context) -> None:
     number("context.cores", context.cores, 1, 1e6)
     number("context.memory_free_bytes", context.memory_free_bytes, 0, 1e18)
     number("context.cpu_load_share", context.cpu_load_share, 0, 1)
+    _check_names(context)
     for key, value in context.features.items():
         name("context.features", key)
         if isinstance(value, str):
@@ -77,6 +78,18 @@ def check_configuration(configuration: Configuration) -> None:
     """Raise InvalidInput naming the first bound that no device can run within."""
     for field in ("max_batch", "max_concurrency", "threads"):
         whole(f"configuration.{field}", getattr(configuration, field), 1, 1_000_000)
+
+
+def _check_names(context: Context) -> None:
+    """What holds names is of the kind that holds names."""
+    for field in ("incumbent", "baseline"):
+        if not isinstance(getattr(context, field), str | None):
+            raise InvalidInput(f"context.{field}", "must be an action key or None")
+    for field in ("cached_digests", "supported_operators"):
+        if not isinstance(getattr(context, field), frozenset | set):
+            raise InvalidInput(f"context.{field}", "must be a set")
+    if not isinstance(context.features, Mapping):
+        raise InvalidInput("context.features", "must be a mapping")
 
 
 def check_profiles(profiles: Sequence[Profile]) -> None:

@@ -47,7 +47,11 @@ CONTEXT: dict[str, st.SearchStrategy[Any]] = {
     "cores": NO_AMOUNT | st.just(0),
     "memory_free_bytes": NO_AMOUNT,
     "cpu_load_share": NO_SHARE,
-    "features": TELEMETRY,
+    "features": TELEMETRY | st.none(),
+    "incumbent": st.sampled_from([7, b"key"]),
+    "baseline": st.sampled_from([7, b"key"]),
+    "cached_digests": st.sampled_from([None, "ab", ["ab"]]),
+    "supported_operators": st.sampled_from([None, "Conv", ["Conv"]]),
 }
 # A prediction is ours, so a truth value in it counts as the number that it is.
 SPOILT: st.SearchStrategy[Any] = NOT_FINITE | NO_DOUBLE | BELOW_ZERO | st.sampled_from([None, "", "1", []])
@@ -195,6 +199,11 @@ def test_calibration_learns_nothing_from_what_is_bad_and_keeps_rows_that_can_be_
     assert Calibration.from_rows(calibration.rows()).rows() == before
 
 
+def test_a_variant_said_in_two_ways_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="two ways"):
+        ranked(actions=(action(0), action(0, batch=4, accuracy=0.1)))
+
+
 BAD_PROFILE: dict[str, st.SearchStrategy[Any]] = {
     "digest": NO_NAME,
     "threads": NO_AMOUNT | st.just(0),
@@ -203,7 +212,12 @@ BAD_PROFILE: dict[str, st.SearchStrategy[Any]] = {
     "memory_bytes": NO_AMOUNT,
     "source": st.sampled_from(["", "cloud", "Device"]),
 }
-BAD_VARIANT: dict[str, st.SearchStrategy[Any]] = {"accuracy": NO_SHARE, "size_bytes": NO_AMOUNT, "digest": LENGTHS}
+BAD_VARIANT: dict[str, st.SearchStrategy[Any]] = {
+    "accuracy": NO_SHARE,
+    "size_bytes": NO_AMOUNT,
+    "digest": LENGTHS,
+    "precision": st.none() | st.integers(),
+}
 BAD_EXPLORATION: dict[str, st.SearchStrategy[Any]] = {
     "epsilon": NO_SHARE,
     "holdout": NO_SHARE,
