@@ -1,8 +1,9 @@
 """Is the agent's serving as fast as what it stands on, faster than its peers, and quiet when idle?
 
-Parts (``--only``): inprocess, http, added, control, idle. Models have random weights and are built on the spot; nothing
-is held out, for nothing is learnt but service times. HTTP: the generator has one core, every server the other; each
-peer (``benchmarks/peers.sh`` installs them) gets its best known settings, and loads are shares of its own capacity.
+Parts (``--only``): inprocess, http, added, control, simulated, idle. Models have random weights and are built on the
+spot; nothing is held out, for nothing is learnt but service times. HTTP: the generator has one core, every server the
+other; each peer (``benchmarks/peers.sh`` installs them) gets its best known settings, and loads are shares of its own
+capacity.
 What would falsify the claims stands beside the targets in ``main``.
 """
 
@@ -39,6 +40,8 @@ from benchmarks.serving_http import (
     wait_until_answering,
 )
 from benchmarks.serving_models import CONV, DENSE, KINDS, TINY, BenchmarkModel
+from benchmarks.serving_simulation import DEVICES, WEATHERS
+from benchmarks.serving_simulation import compare as compare_simulated
 from device_agents.executor import Executor
 from device_agents.lease import LeaseAccount
 from device_agents.profiler import warm_up
@@ -46,7 +49,7 @@ from device_agents.served import ServedModel
 from device_agents.store import Identity, Record, Store
 from device_agents.wire import DesiredApplication, ServingConfiguration, UpdateState, VariantReference
 
-PARTS = ("inprocess", "http", "added", "control", "idle")
+PARTS = ("inprocess", "http", "added", "control", "simulated", "idle")
 TARGETS: Mapping[str, tuple[str, float]] = {
     "inprocess_vs_bare": (">=", 0.95),
     "goodput_vs_mlserver": (">=", 2.0),
@@ -54,6 +57,7 @@ TARGETS: Mapping[str, tuple[str, float]] = {
     "http_added_ms_p50": ("<=", 0.5),
     "control_vs_oracle": (">=", 0.95),
     "control_vs_best_baseline": (">", 1.0),
+    "control_vs_oracle_simulated": (">=", 0.95),
     "idle_rss_over_bare_mb": ("<=", 45.0),
     "idle_cpu_share": ("<=", 0.005),
     "start_s": ("<=", 1.5),
@@ -63,6 +67,7 @@ KEYS_OF = {
     "http": ("goodput_vs_mlserver", "goodput_vs_best_peer"),
     "added": ("http_added_ms_p50",),
     "control": ("control_vs_oracle", "control_vs_best_baseline"),
+    "simulated": ("control_vs_oracle_simulated", "control_vs_oracle_simulated_mean"),
     "idle": ("idle_rss_over_bare_mb", "start_s"),
 }
 
@@ -235,9 +240,12 @@ def run(part: str, folder: Path, *, models: Sequence[BenchmarkModel], quick: boo
                 models or ((DENSE,) if quick else (DENSE, CONV)),
                 folder,
                 loads=(0.9,) if quick else (0.5, 0.7, 0.9, 1.0, 1.1),
-                seconds=0.7 if quick else 3.0,
-                seeds=1 if quick else 3,
+                seconds=0.5 if quick else 1.0,
+                rounds=2 if quick else 6,
             )
+        case "simulated":
+            devices, weathers = (DEVICES[:2], WEATHERS[:2]) if quick else (DEVICES, WEATHERS)
+            return compare_simulated(devices, weathers, seconds=0.5 if quick else 2.0)
         case _:
             return measure_idle(folder, seconds=2.0 if quick else 20.0, repetitions=1 if quick else 5)
 

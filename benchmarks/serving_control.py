@@ -271,12 +271,12 @@ class Bench:
         return latencies, refused
 
 
-def _median(outcomes: Sequence[Outcome]) -> Outcome:
-    return Outcome(*(statistics.median(values) for values in zip(*map(dataclasses.astuple, outcomes), strict=True)))
+def _mean(outcomes: Sequence[Outcome]) -> Outcome:
+    return Outcome(*(statistics.mean(values) for values in zip(*map(dataclasses.astuple, outcomes), strict=True)))
 
 
 def compare(
-    models: Sequence[BenchmarkModel], folder: Path, *, loads: Sequence[float], seconds: float, seeds: int
+    models: Sequence[BenchmarkModel], folder: Path, *, loads: Sequence[float], seconds: float, rounds: int
 ) -> dict[str, float | None]:
     """The worst share of the oracle's goodput over loads and models, and the worst against the best baseline's step."""
     against_oracle, against_baseline = [], []
@@ -284,51 +284,49 @@ def compare(
         bench = Bench(model, folder, slo_runs=3.0)
         print(f"{model.name}: SLO {bench.slo_ms:.1f} ms, capacity {bench.capacity_rps:.0f}/s")
         for load in loads:
-            against_oracle.append(_at_load(bench, load, seconds=seconds, seeds=seeds))
-        against_baseline.append(_over_step(bench, seconds=seconds, seeds=seeds))
+            against_oracle.append(_at_load(bench, load, seconds=seconds, rounds=rounds))
+        against_baseline.append(_over_step(bench, seconds=seconds, rounds=rounds))
     return {
         "control_vs_oracle": min(against_oracle) if against_oracle else None,
         "control_vs_best_baseline": min(against_baseline) if against_baseline else None,
     }
 
 
-def _at_load(bench: Bench, load: float, *, seconds: float, seeds: int) -> float:
+def _at_load(bench: Bench, load: float, *, seconds: float, rounds: int) -> float:
     """One pass over the oracle's settings, then its best three again beside the contenders, in turns."""
     rates = [(seconds, bench.capacity_rps * load)]
     settings = oracle_settings()
-    first = {name: bench.run(setting, [(seconds / 3, rates[0][1])], seed=0) for name, setting in settings.items()}
+    first = {name: bench.run(setting, [(seconds / 2, rates[0][1])], seed=0) for name, setting in settings.items()}
     best = sorted(first, key=lambda name: first[name].goodput_rps)[-3:]
-    found = _in_turns(bench, contenders() | {f"oracle {name}": settings[name] for name in best}, rates, seeds=seeds)
+    found = _in_turns(bench, contenders() | {f"oracle {name}": settings[name] for name in best}, rates, rounds=rounds)
     oracle = max((name for name in found if name.startswith("oracle")), key=lambda name: found[name].goodput_rps)
-    for name, outcome in found.items():
-        if not name.startswith("oracle") or name == oracle:
-            print(
-                f"  load {load:.1f} {name:<22} goodput {outcome.goodput_rps:8.1f}/s  miss {outcome.miss_share:.3f}"
-                f"  utility {outcome.utility:5.2f}  mean {outcome.mean_ms:6.1f} ms",
-                flush=True,
-            )
+    _show(f"load {load:.1f}", {name: each for name, each in found.items() if name[:6] != "oracle" or name == oracle})
     return found["agent"].goodput_rps / found[oracle].goodput_rps
 
 
-def _over_step(bench: Bench, *, seconds: float, seeds: int) -> float:
+def _over_step(bench: Bench, *, seconds: float, rounds: int) -> float:
     """Low, then just above capacity, then middling: goodput against the best baseline."""
     rates = [(seconds, bench.capacity_rps * share) for share in (0.3, 1.05, 0.6)]
-    found = _in_turns(bench, contenders(), rates, seeds=seeds)
-    for name, outcome in found.items():
-        print(
-            f"  rate step {name:<21} goodput {outcome.goodput_rps:8.1f}/s  miss {outcome.miss_share:.3f}"
-            f"  utility {outcome.utility:5.2f}  mean {outcome.mean_ms:6.1f} ms",
-            flush=True,
-        )
+    found = _in_turns(bench, contenders(), rates, rounds=rounds)
+    _show("rate step", found)
     return found["agent"].goodput_rps / max(each.goodput_rps for name, each in found.items() if name != "agent")
 
 
+def _show(what: str, found: dict[str, Outcome]) -> None:
+    for name, outcome in found.items():
+        print(
+            f"  {what} {name:<22} goodput {outcome.goodput_rps:8.1f}/s  miss {outcome.miss_share:.3f}"
+            f"  utility {outcome.utility:5.2f}  mean {outcome.mean_ms:6.1f} ms",
+            flush=True,
+        )
+
+
 def _in_turns(
-    bench: Bench, who: dict[str, Contender], rates: Sequence[tuple[float, float]], *, seeds: int
+    bench: Bench, who: dict[str, Contender], rates: Sequence[tuple[float, float]], *, rounds: int
 ) -> dict[str, Outcome]:
-    """Medians over seeds; contenders take turns, so that a slow moment of the machine hits all alike."""
+    """Means over many short rounds of all contenders, back and forth: slow moments of the machine hit all alike."""
     found: dict[str, list[Outcome]] = {name: [] for name in who}
-    for seed in range(1, seeds + 1):
-        for name, contender in who.items():
-            found[name].append(bench.run(contender, rates, seed=seed))
-    return {name: _median(outcomes) for name, outcomes in found.items()}
+    for number in range(rounds):
+        for name in list(who) if number % 2 else reversed(list(who)):
+            found[name].append(bench.run(who[name], rates, seed=1 + number))
+    return {name: _mean(outcomes) for name, outcomes in found.items()}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import device_agents.lean  # noqa: F401 - before all that it keeps from loading more than is used
 from device_agents.accuracy import accuracy
 from device_agents.config import AgentConfig, load_config
 from device_agents.errors import AgentError, BadConfiguration

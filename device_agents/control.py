@@ -20,7 +20,7 @@ CONTROLLER_VERSION = "slo-2"
 
 WORTHWHILE_GAIN = 1.05  # of throughput, for one more run at once
 BUSY_SHARE = 0.85  # of its capacity, up to which a plan is called enough
-HOPELESS_RUNS = 2.0  # an SLO below this many runs of one row cannot be planned for: the device does what it can
+HOPELESS_RUNS = 1.0  # an SLO below this many runs of one row cannot be planned for: the device does what it can
 RATE_WINDOW_S = 1.0
 
 
@@ -53,38 +53,36 @@ class Plan:
 def plan(times: ServiceTimes, *, rate_rps: float, slo_ms: float, max_batch: int, max_concurrency: int) -> Plan:
     """The bounds for the next moments at ``rate_rps`` rows per second.
 
-    A request finds runs under way and waits for the first to end, some time between none and a run divided by how many
-    there are; then its own run must end within the SLO. The share for which it does, times what such runs answer, is
-    what a batch and a concurrency are good for. For each concurrency the best batch is taken, then the concurrency
-    that answers most of what arrives, and among equals the one that answers soonest.
+    A concurrency is good for what full batches of the best size answer, times how likely they end within the SLO. Taken
+    is the one that answers most of what arrives, and among equals the one that answers soonest. It goes by the typical
+    pace: by the time that a momentary one has changed the plan, the moment is over. The batch is the fast loop's alone.
 
     >>> from device_agents.service_times import start
-    >>> conv, dense = (start(a, b, max_concurrency=2, cores=2) for a, b in ((4.0, 0.1), (0.2, 4.0)))
-    >>> plan(conv, rate_rps=50, slo_ms=10, max_batch=16, max_concurrency=2).batch
-    1
-    >>> plan(dense, rate_rps=50, slo_ms=20, max_batch=16, max_concurrency=2).batch
-    16
+    >>> dense = start(0.2, 4.0, max_concurrency=2, cores=2)
+    >>> plan(dense, rate_rps=900, slo_ms=20, max_batch=16, max_concurrency=2)
+    Plan(batch=16, concurrency=2, capacity_rps=4444.4..., is_overloaded=False)
     """
-    found = []
-    for concurrency in range(1, _worthwhile_concurrency(times, max_concurrency) + 1):
-        useful = {batch: _useful_rps(times, batch, concurrency, slo_ms) for batch in batch_sizes(max_batch)}
-        # A larger batch must be worth what it makes its first request wait.
-        batch = next(batch for batch, rps in useful.items() if rps * WORTHWHILE_GAIN >= max(useful.values()))
-        capacity_rps = useful[batch]
+    typical, found = replace(times, pace=1.0), []
+    for concurrency in range(1, _worthwhile_concurrency(typical, max_concurrency) + 1):
+        capacity_rps = max(_useful_rps(typical, batch, concurrency, slo_ms) for batch in batch_sizes(max_batch))
         load = min(1.0, rate_rps / max(capacity_rps, 1e-6))
         answered = min(rate_rps, BUSY_SHARE * capacity_rps)
         # A wait grows with the load and shrinks with the callers; runs slow each other only as often as they meet.
-        slower = 1.0 + load * (times.predict_ms(1, concurrency) / max(times.predict_ms(1), 1e-6) - 1.0)
-        found.append((answered, -slower * (1.0 + load / concurrency), Plan(batch, concurrency, capacity_rps)))
+        slower = 1.0 + load * (typical.slowdown(concurrency) - 1.0)
+        found.append((answered, -slower * (1.0 + load / concurrency), Plan(max_batch, concurrency, capacity_rps)))
     _, _, best = max(found, key=lambda each: each[:2])
     return replace(best, is_overloaded=rate_rps > BUSY_SHARE * best.capacity_rps)
 
 
 def _useful_rps(times: ServiceTimes, batch: int, concurrency: int, slo_ms: float) -> float:
-    """Rows per second that full batches answer in time; next to nothing where not even the run itself is."""
+    """Rows per second that full batches answer in time, by how likely a run of uncertain length is to."""
     run_ms = max(times.predict_ms(batch, concurrency), 1e-6)
-    in_time = min(1.0, max((slo_ms - run_ms) * concurrency / run_ms, 1e-6 / batch))
-    return 1000.0 * concurrency * batch / run_ms * in_time
+    return 1000.0 * concurrency * batch / run_ms * max(_likelihood(slo_ms, run_ms, times.spread), 1e-6 / batch)
+
+
+def _likelihood(left_ms: float, run_ms: float, spread: float) -> float:
+    """That a run ends within ``left_ms`` when the logarithm of its time is normal around the prediction's."""
+    return 0.5 * math.erfc(math.log(run_ms / left_ms) / (spread * math.sqrt(2.0))) if left_ms > 0 else 0.0
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -104,12 +102,14 @@ def deadline_s(times: ServiceTimes, *, arrived_s: float, slo_ms: float) -> float
 def expected_ms(times: ServiceTimes, bounds: Plan, *, rows_ahead: int, rows: int, running_ms: float) -> float:
     """When a request of ``rows`` that comes now would be answered, by the rows that wait before it.
 
-    ``running_ms`` is what the runs under way still need, the first of them to end.
+    ``running_ms`` is what the runs under way still need, the first of them to end. Batches are of the best size.
     """
-    batches_ahead = rows_ahead // bounds.batch
-    own_ms = times.predict_ms(min(bounds.batch, rows_ahead + rows), bounds.concurrency)
-    full_ms = times.predict_ms(bounds.batch, bounds.concurrency)
-    return running_ms + batches_ahead * full_ms / bounds.concurrency + own_ms * (1.0 + times.tail) / 2
+    slower = times.predict_ms(1, bounds.concurrency) / max(times.predict_ms(1), 1e-9)
+    soonest = math.inf
+    for batch in batch_sizes(min(bounds.batch, rows_ahead + rows)):
+        run_ms = times.predict_ms(batch) * slower
+        soonest = min(soonest, run_ms * (rows_ahead // batch / bounds.concurrency + 1.0))
+    return running_ms + soonest
 
 
 @dataclass(frozen=True, slots=True)

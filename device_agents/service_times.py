@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 MEMORY = 0.98  # of the line, per run: about the last fifty runs count
 PRIOR_RUNS = 0.5  # what the warm-up's fit weighs at either end of the line, in runs
 LARGEST_SURPRISE = 1.6  # of a run, by its prediction: stalls move what is learnt towards the typical run, not the mean
-LARGEST_TAIL = 1.5
-TAIL_SHARE, TAIL_STEP = 0.9, 0.02
+LARGEST_TAIL = 2.5
+TAIL_SHARE, TAIL_STEP, TAIL_DEVIATIONS = 0.9, 0.02, 1.2816
 ALONE_BELOW = 1.25  # runs at once on the mean: what is learnt of the line comes from runs that were not hindered
 
 # Of logarithms, per run. A pace that lasts becomes the line's; a slowdown that is not seen any more is forgotten.
-RUN_VARIANCE = 0.1**2
+RUN_VARIANCE = 0.2**2
 PACE_KEPT, PACE_DRIFT = 0.9, 0.15**2
-CROWDING_KEPT, CROWDING_VARIANCE = 0.9995, 0.7**2
+CROWDING_KEPT, CROWDING_VARIANCE = 0.9998, 0.7**2
 CROWDING_DRIFT = CROWDING_VARIANCE * (1 - CROWDING_KEPT**2)
 MOST_CROWDING = 2.0
 
@@ -79,6 +79,11 @@ class ServiceTimes:
     def typical_ms(self, rows: int) -> float:
         """One run alone, at the pace of most of the time."""
         return self.a_ms * rows + self.b_ms
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the logarithm of a run's time around its prediction, by the tail."""
+        return math.log(self.tail) / TAIL_DEVIATIONS
 
     def slowdown(self, concurrency: float) -> float:
         """Of a run while ``concurrency`` runs are under way, this one included, on the mean.
