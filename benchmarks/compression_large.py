@@ -1,8 +1,8 @@
 """A model that no protobuf can hold, through the product: taken in from graph and weights, measured, fetched, opened.
 
 ``python -m benchmarks.compression_large [--mib 2304]`` makes dense layers of 256 MiB each (random weights), imports
-them with a memory limit of its own, and prints one JSON line: seconds, bytes and the largest resident memory of any child
-program. It needs about seven times the size on disk for a while. It is no part of ``benchmarks.compression``.
+them with a memory limit of its own, and prints one JSON line: seconds, bytes and the largest resident memory of any
+child program. It needs about seven times the size on disk for a while. It is no part of ``benchmarks.compression``.
 """
 
 from __future__ import annotations
