@@ -65,13 +65,14 @@ class Gauge:
     started: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     may_end: threading.Event = field(default_factory=threading.Event)
     runs: int = 0
+    digest: str = ""
 
     def __call__(self, model: Path, samples: Path, *, threads: int, go_on: Callable[[], None]) -> Measured:
         self.runs += 1
         self.started.release()
         while not self.may_end.wait(0.01):
             go_on()
-        digest = hashlib.sha256(model.read_bytes()).hexdigest()
+        digest = self.digest or hashlib.sha256(model.read_bytes()).hexdigest()
         right = AccuracyReport(kind="top-1", samples=10, correct=9)
         return Measured(ProfileReport(digest=digest, threads=threads, a_ms=2.0, b_ms=0.5), right)
 
@@ -225,6 +226,14 @@ def test_corrupted_bytes_are_told_and_never_measured(device: Device) -> None:
         assert (result.error, result.profile) == ("size or sha256 differ from what was announced", None)
         device.jobs.acknowledge(device.jobs.state(Telemetry()))
     assert device.gauge.runs == 0
+
+
+def test_numbers_of_another_variant_are_not_told(device: Device) -> None:
+    device.gauge.digest = "f" * 64
+    device.jobs.order(job())
+    (result,) = device.wait_for_end().results
+    assert (result.error, result.profile) == ("another variant was measured", None)
+    assert device.store.profiles() == ()
 
 
 def test_samples_that_would_fill_the_device_are_not_fetched(device: Device) -> None:
