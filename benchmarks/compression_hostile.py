@@ -99,12 +99,12 @@ def _container(valid: bytes, *, location: str = WEIGHTS, offset: int = 0, length
     """What a model of 2 GiB would come as: weights, then the graph that points at them, and at what it should not."""
     model = onnx.load_from_string(valid)
     tensor = max(model.graph.initializer, key=lambda each: len(each.raw_data))
-    weights = tensor.raw_data
+    weights: bytes = tensor.raw_data
     _point_outside(tensor, location)
     for key, value in (("offset", offset), ("length", len(weights) if length is None else length)):
         entry = tensor.external_data.add()
         entry.key, entry.value = key, str(value)
-    graph = model.SerializeToString()
+    graph: bytes = model.SerializeToString()
     return weights + graph + FOOTER.pack(len(graph), MAGIC)
 
 
