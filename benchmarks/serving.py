@@ -241,18 +241,19 @@ def run(part: str, folder: Path, *, models: Sequence[BenchmarkModel], quick: boo
                 folder,
                 loads=(0.9,) if quick else (0.5, 0.7, 0.9, 1.0, 1.1),
                 seconds=0.5 if quick else 1.0,
-                rounds=2 if quick else 6,
+                rounds=1 if quick else 6,
             )
         case "simulated":
-            devices, weathers = (DEVICES[:2], WEATHERS[:2]) if quick else (DEVICES, WEATHERS)
-            return compare_simulated(devices, weathers, seconds=0.5 if quick else 2.0)
+            return compare_simulated(DEVICES, WEATHERS, seconds=2.0)
         case _:
             return measure_idle(folder, seconds=2.0 if quick else 20.0, repetitions=1 if quick else 5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="under 50 s; leaves out the peers' goodput")
+    parser.add_argument(
+        "--quick", action="store_true", help="under 50 s; leaves out the peers' goodput and virtual time"
+    )
     parser.add_argument("--only", choices=PARTS, action="append", help="these parts only; may be repeated")
     parser.add_argument("--model", choices=[model.name for model in KINDS], help="http and control: this kind only")
     options = parser.parse_args()
@@ -287,7 +288,7 @@ def main() -> None:
 def _left_out(part: str, only: list[str] | None, *, quick: bool) -> str:
     if only and part not in only:
         return "not asked for"
-    if quick and part == "http":
+    if quick and part in ("http", "simulated"):
         return "takes minutes: run without --quick"
     return ""
 
