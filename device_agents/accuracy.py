@@ -63,7 +63,7 @@ def score(answers: Array, samples: Samples) -> AccuracyReport:
         raise AttemptFailed("gives numbers that are not finite on samples", outcome=Outcome.INCOMPATIBLE)
     count, expected = len(samples.inputs), samples.expected
     is_classes = answers.ndim == 2 and answers.shape[1] > 1
-    if samples.kind == "top-1" and is_classes:
+    if samples.kind == "top-1" and is_classes and expected.ndim == 1:
         return _counted(samples.kind, answers.argmax(axis=1) == expected)
     if samples.kind == "agreement" and is_classes and expected.shape == answers.shape:
         return _counted(samples.kind, answers.argmax(axis=1) == expected.argmax(axis=1))

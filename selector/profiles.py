@@ -34,13 +34,12 @@ class ServiceTime:
 
 @dataclass(frozen=True, slots=True)
 class ServiceColumns:
-    """Service times and memory of all actions, shape (actions,); ``pair_source`` per pair of the table."""
+    """Service times and memory of all actions, shape (actions,)."""
 
     a_ms: Floats
     b_ms: Floats
     memory_bytes: Floats
     source: tuple[str, ...]
-    pair_source: tuple[str, ...]
 
 
 class ProfileBook:
@@ -66,7 +65,6 @@ class ProfileBook:
             b_ms=np.array([time.b_ms for time in times], dtype=np.float64)[table.pair],
             memory_bytes=memory[table.variant],
             source=tuple(times[index].source for index in table.pair.tolist()),
-            pair_source=tuple(time.source for time in times),
         )
         if len(self._columns) >= _MOST_KEPT:
             self._columns.clear()

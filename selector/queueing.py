@@ -40,20 +40,6 @@ class QueueEstimate:
     service_ms: Floats
 
 
-def batch_size(
-    a_ms: ArrayLike, b_ms: ArrayLike, max_batch: ArrayLike, servers: ArrayLike, rate_rps: ArrayLike
-) -> Floats:
-    """Expected size of a batch when a free server takes whatever waits, in [1, max_batch].
-
-    >>> float(batch_size(1.0, 9.0, 8, 1, 10.0)), float(batch_size(1.0, 9.0, 8, 1, 500.0))
-    (1.0, 8.0)
-    """
-    a, b, largest, c, rate = (np.asarray(each, dtype=np.float64) for each in (a_ms, b_ms, max_batch, servers, rate_rps))
-    per_ms = rate / 1000.0
-    spare = np.maximum(c - per_ms * a, 1e-9)
-    return np.asarray(np.clip(per_ms * b / spare, 1.0, largest), dtype=np.float64)
-
-
 def sojourn(
     a_ms: ArrayLike,
     b_ms: ArrayLike,

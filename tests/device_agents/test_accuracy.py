@@ -52,6 +52,11 @@ def test_a_regression_tells_the_variance_it_explains() -> None:
     assert score(1 - wanted, samples).value == 0.0
 
 
+def test_classes_in_a_table_of_their_own_are_not_compared_crosswise() -> None:
+    with pytest.raises(AttemptFailed, match="do not fit"):
+        score(INPUTS, Samples("top-1", INPUTS, CLASSES[:, None]))
+
+
 def test_numbers_that_are_not_finite_are_no_answer() -> None:
     samples = Samples("top-1", INPUTS, CLASSES)
     with pytest.raises(AttemptFailed, match="not finite"):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from selector.queueing import batch_size, share_within, sojourn
+from selector.queueing import share_within, sojourn
 
 Times = NDArray[np.float64]
 
@@ -72,7 +72,7 @@ def test_latency_grows_smoothly_into_overload() -> None:
 
 
 def test_batches_fill_with_load_and_never_exceed_the_bound() -> None:
-    sizes = batch_size(1.0, 9.0, 8, 1, [1.0, 200.0, 400.0, 5000.0])
+    sizes = sojourn(1.0, 9.0, 8, 1, [1.0, 200.0, 400.0, 5000.0]).batch
     assert sizes.tolist() == sorted(sizes.tolist())
     assert (sizes[0], sizes[-1]) == (1.0, 8.0)
 
