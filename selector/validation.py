@@ -93,7 +93,9 @@ def _check_names(context: Context) -> None:
 
 
 def check_profiles(profiles: Sequence[Profile]) -> None:
-    """Raise InvalidInput naming the first profile that is no measurement."""
+    """Raise InvalidInput naming the first profile that is no measurement, or that stands for what an earlier one
+    does."""
+    seen: set[tuple[str, str, int]] = set()
     for position, profile in enumerate(profiles):
         field = f"profiles[{position}]"
         name(f"{field}.digest", profile.digest)
@@ -105,6 +107,10 @@ def check_profiles(profiles: Sequence[Profile]) -> None:
             raise InvalidInput(f"{field}.source", "must be device, class or server")
         if profile.a_ms + profile.b_ms <= 0:
             raise InvalidInput(f"{field}.a_ms", "must be positive together with b_ms")
+        measured = profile.source, profile.digest, profile.threads
+        if measured in seen:
+            raise InvalidInput(field, "must not name source, variant and threads of an earlier one")
+        seen.add(measured)
 
 
 def check_measurement(measurement: Measurement) -> None:

@@ -21,7 +21,17 @@ from selector.interactions import Interaction, Measurement, Profile
 from selector.ranking import Exploration
 from selector.stored import Stored
 from selector.vw import VwSettings
-from tests.selector.builders import action, candidate, candidates, context, grid, interaction, prediction, ranked
+from tests.selector.builders import (
+    action,
+    candidate,
+    candidates,
+    context,
+    grid,
+    interaction,
+    prediction,
+    profiles,
+    ranked,
+)
 from tests.selector.test_policies import MAKERS, log
 
 NOT_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])
@@ -231,7 +241,8 @@ BAD_EXPLORATION: dict[str, st.SearchStrategy[Any]] = {
 def test_ranking_refuses_bad_arguments_and_forgets_nothing(data: st.DataObject) -> None:
     calibration, policy = Calibration(), PredictionPolicy()
     rows, known = calibration.rows(), policy.to_bytes()
-    part = data.draw(st.sampled_from(["context", "profiles", "variant", "twice", "decision_id", "exploration"]))
+    parts = "context", "profiles", "measured twice", "variant", "twice", "decision_id", "exploration"
+    part = data.draw(st.sampled_from(parts))
     arguments: dict[str, Any] = {"decision_id": "decision-1", "policy": policy, "calibration": calibration}
     if part == "context":
         field, value = data.draw(one_of(CONTEXT))
@@ -239,6 +250,10 @@ def test_ranking_refuses_bad_arguments_and_forgets_nothing(data: st.DataObject) 
     elif part == "profiles":
         field, value = data.draw(one_of(BAD_PROFILE))
         arguments["profiles"] = (replace(Profile(action(0).variant.digest, 1, 8.0, 2.0), **{field: value}),)
+    elif part == "measured twice":
+        measured = (*profiles(), *profiles(source="class"))
+        again = replace(data.draw(st.sampled_from(measured)), a_ms=data.draw(st.floats(0.1, 10.0)))
+        field, arguments["profiles"] = f"profiles[{len(measured)}]", (*measured, again)
     elif part == "variant":
         field, value = data.draw(one_of(BAD_VARIANT))
         arguments["actions"] = (action(0, **{field: value}), action(1))
