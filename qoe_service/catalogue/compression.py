@@ -27,7 +27,7 @@ def _tell_nobody(share: float) -> None:
 
 def run(*, job_id: int, clock: Callable[[], datetime], tell: Callable[[float], object] = _tell_nobody) -> Job | None:
     """Claim a job and bring it to its end; None when somebody else has it. Safe to call any number of times.
-    ``tell`` hears how far it is, twice a second.
+    ``tell`` hears how far it is, four times a second.
 
     An unforeseen error leaves the job running without a heartbeat: it is claimed again, a bounded number of times.
     """

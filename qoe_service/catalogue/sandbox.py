@@ -34,9 +34,9 @@ LAUNCHER = FOLDER / "sandboxed" / "launcher.py"
 PREFIX, LOCK = "qoe-sandbox-", "lock"
 RESULT, PROGRESS = "result.json", "progress"
 MAX_RESULT_BYTES = 1_048_576
-POLL_S, MEMORY_POLL_S, WATCH_S = 0.05, 0.1, 0.5
+POLL_S, MEMORY_POLL_S, WATCH_S = 0.05, 0.1, 0.25
 SWEEP_AFTER_S = 60.0
-KILLED_WITHIN_S = 1.0
+REAPED_WITHIN_S, KILLED_WITHIN_S = 0.25, 1.0
 PROBED_WITHIN_S = 30.0
 # Measured: Python with ONNX, ONNX Runtime and a small model; peak bytes per byte of a model that is checked; and, with
 # some room, of one whose weights lie before its graph (1.4 for 512 MiB of dense layers).
@@ -278,16 +278,26 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill the session, and children that left it; come back when they are dead."""
+    """Kill the session, and children that left it; come back when they are dead.
+
+    Children first: a launcher outside their namespace reaps them and ends. Were it killed before, the namespace would
+    last until the machine's first process reaps them, which may take a second, or for ever.
+    """
     left = _descendants(process.pid)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
     for each in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
+    if left:
+        _wait_while(lambda: not _has_ended(process), REAPED_WITHIN_S)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    ends = time.monotonic() + KILLED_WITHIN_S
-    while any(_is_alive(each) for each in left) and time.monotonic() < ends:
+    _wait_while(lambda: any(_is_alive(each) for each in left), KILLED_WITHIN_S)
+
+
+def _wait_while(holds: Callable[[], bool], seconds: float) -> None:
+    ends = time.monotonic() + seconds
+    while holds() and time.monotonic() < ends:
         time.sleep(0.005)
 
 

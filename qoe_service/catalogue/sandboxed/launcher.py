@@ -40,14 +40,15 @@ def go_on_alone() -> None:
     The first process of the namespace only lives as long as who stays outside: with it the kernel ends the others.
     """
     alive, end = os.pipe()
-    if os.fork() == 0:
+    first = os.fork()
+    if first == 0:
         os.close(end)
         os.read(alive, 1)
         os._exit(0)
     program = os.fork()
     if program != 0:
         os.close(alive)
-        end_like(program)
+        end_like(program, first, end)
     os.close(alive)
     os.close(end)
     os.setsid()
@@ -55,9 +56,14 @@ def go_on_alone() -> None:
     _mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
-def end_like(program: int) -> NoReturn:
-    """Wait for the program, and end by the same signal or with the same code."""
+def end_like(program: int, first: int, end: int) -> NoReturn:
+    """Wait for the program and then for its namespace, and end by the same signal or with the same code.
+
+    Nobody else would reap the first process where the machine's own first process is no init, as in many containers.
+    """
     _, status = os.waitpid(program, 0)
+    os.close(end)
+    os.waitpid(first, 0)
     if os.WIFSIGNALED(status):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.kill(os.getpid(), os.WTERMSIG(status))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import io
 import json
@@ -127,6 +128,23 @@ def test_a_cancelled_program_and_its_children_are_dead_within_two_seconds(tmp_pa
         run(tmp_path, program, watch=watch)
     assert time.monotonic() - asked_at[0] < 2
     assert not running(seconds)
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_when_the_sandbox_comes_back_nothing_of_it_is_left_to_reap(tmp_path: Path, is_cancelled: bool) -> None:
+    if not sandbox.can_hide_processes():
+        pytest.skip("the kernel grants no process namespaces here; doctor says so")
+    seen: set[psutil.Process] = set()
+
+    def watch(progress: float) -> bool:
+        seen.update(psutil.Process().children(recursive=True))
+        return progress < 1 or not is_cancelled
+
+    program = f"import time; open('progress', 'w').write('1'); time.sleep({60 if is_cancelled else 1})"
+    with pytest.raises(Cancelled) if is_cancelled else contextlib.nullcontext():
+        run(tmp_path, program, watch=watch)
+    assert len(seen) == 3  # the launcher, the first process of its namespace, and the program
+    assert not [each for each in seen if each.is_running()]
 
 
 def test_what_a_program_leaves_running_ends_with_it(tmp_path: Path) -> None:
