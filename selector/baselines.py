@@ -4,7 +4,7 @@ loaded."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ from selector.validation import check_candidates, check_context, check_interacti
 __all__ = [
     "LEAST_SHARE",
     "BaselinePolicy",
-    "EpsilonGreedyPolicy",
     "FixedPerClassPolicy",
     "FixedPolicy",
     "PredictionPolicy",
@@ -138,52 +137,6 @@ class BaselinePolicy(PredictionPolicy):
         keys = [candidate.action.key for candidate in candidates]
         shares = super().probabilities(context, candidates)
         return mostly(keys.index(context.baseline), len(keys), self._epsilon) if context.baseline in keys else shares
-
-
-class EpsilonGreedyPolicy(RandomPolicy):
-    """Running mean reward per (device class, action); actions never tried there count as ``optimism``."""
-
-    kind = "epsilon_greedy"
-
-    def __init__(self, epsilon: float = 0.1, optimism: float = 0.5) -> None:
-        self._epsilon = number("epsilon", epsilon, LEAST_SHARE, 1)
-        self._optimism = number("optimism", optimism, 0, 1)
-        self._means: dict[str, dict[str, tuple[int, float]]] = {}
-
-    def state(self) -> dict[str, Any]:
-        """Settings, and count and mean by class and action."""
-        means = {group: {key: list(mean) for key, mean in each.items()} for group, each in self._means.items()}
-        return {"epsilon": self._epsilon, "optimism": self._optimism, "means": means}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Self:
-        """Checks every mean."""
-        policy = cls(state["epsilon"], state["optimism"])
-        for group, means in state["means"].items():
-            policy._means[group] = {
-                key: (int(number("count", count, 1, 1e15)), number("mean", mean, 0, 1))
-                for key, (count, mean) in means.items()
-            }
-        return policy
-
-    def probabilities(self, context: Context, candidates: Sequence[Candidate]) -> Floats:
-        """Epsilon-greedy on the means of the device's class; ties go to the best prediction."""
-        check_context(context)
-        check_candidates(candidates)
-        means = self._means.get(context.device_class, {})
-        scores = [
-            (means.get(candidate.action.key, (0, self._optimism))[1], candidate.prediction.qoe)
-            for candidate in candidates
-        ]
-        return mostly(scores.index(max(scores)), len(candidates), self._epsilon)
-
-    def learn(self, interaction: Interaction) -> None:
-        """Moves the mean of the chosen action in its class."""
-        check_interaction(interaction)
-        means = self._means.setdefault(interaction.context.device_class, {})
-        key = interaction.candidates[interaction.chosen].action.key
-        count, mean = means.get(key, (0, 0.0))
-        means[key] = (count + 1, mean + (interaction.reward - mean) / (count + 1))
 
 
 def _first_of(wanted: Sequence[str], candidates: Sequence[Candidate]) -> Floats:

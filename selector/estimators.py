@@ -225,22 +225,6 @@ def confidence_sequence(
     return Estimate(mean, min(bounds[0], mean), max(bounds[1], mean), ANYTIME, size)
 
 
-def paired_lift(
-    rewards: ArrayLike,
-    propensities: ArrayLike,
-    targets: ArrayLike,
-    *,
-    model: ArrayLike,
-    model_target: ArrayLike,
-    clusters: Sequence[str] | None = None,
-) -> Estimate:
-    """How much better the logged decisions were than the target on the same decisions: mean of reward - DR
-    term."""
-    value = dr_terms(rewards, propensities, targets, model=model, model_target=model_target)
-    terms = beside("rewards", rewards, value.size) - value
-    return fixed_n(terms, clusters, effective_sample_size(importance_weights(propensities, targets)))
-
-
 def vector(field: str, values: ArrayLike) -> Floats:
     """The values as finite float64 of shape (n,), n > 0; InvalidInput naming the field otherwise."""
     try:

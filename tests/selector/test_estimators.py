@@ -55,12 +55,6 @@ def test_one_device_gives_no_interval() -> None:
     assert (estimate.low, estimate.high) == (-math.inf, math.inf)
 
 
-def test_lift_by_hand() -> None:
-    lift = estimators.paired_lift([0.9, 0.7], [0.5, 0.5], [0.5, 0.5], model=[0.8, 0.8], model_target=[0.6, 0.6])
-    assert lift.mean == pytest.approx(((0.9 - 0.7) + (0.7 - 0.5)) / 2)
-    assert lift.effective_sample_size == pytest.approx(2.0)
-
-
 def logged(rng: np.random.Generator, count: int) -> dict[str, Any]:
     """Four actions of mean 0.2 to 0.8, logged by one policy and valued under another: true value 0.5."""
     logging, target, means = np.array([0.4, 0.3, 0.2, 0.1]), np.full(4, 0.25), np.array([0.2, 0.4, 0.6, 0.8])

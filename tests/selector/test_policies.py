@@ -21,7 +21,6 @@ from benchmarks.peers import (
 )
 from selector.baselines import (
     BaselinePolicy,
-    EpsilonGreedyPolicy,
     FixedPerClassPolicy,
     FixedPolicy,
     PredictionPolicy,
@@ -46,7 +45,6 @@ MAKERS: dict[str, Callable[[], Policy]] = {
     "prediction": PredictionPolicy,
     "value": ValuePolicy,
     "baseline": BaselinePolicy,
-    "epsilon_greedy": EpsilonGreedyPolicy,
     "ucb1": Ucb1Policy,
     "thompson": ThompsonPolicy,
     "linucb": LinUcbPolicy,
@@ -69,7 +67,7 @@ MAKERS: dict[str, Callable[[], Policy]] = {
 }
 # What learns which action is best from rewards alone, quickly enough for a test.
 LEARNERS = (
-    "vw", "epsilon_greedy", "ucb1", "thompson", "linucb", "linucb_with_prediction", "lints", "lints_with_prediction",
+    "vw", "ucb1", "thompson", "linucb", "linucb_with_prediction", "lints", "lints_with_prediction",
     "neural_residual", "boosted_residual", "flat_squarecb", "linucb_with_history", "lints_with_history",
     "boosted_residual_with_history", "flat_with_standing",
 )  # fmt: skip
