@@ -129,11 +129,7 @@ def make_variants(folder: Path, stop: threading.Event) -> list[Model]:
     service = Service(folder / "service", 0, stop=stop)
     installation = Installation(service, Secrets(folder / "secrets"), folder / "models")
     service.manage("migrate", "--verbosity", "0")
-    artifacts = folder / "service" / "artifacts"
-    return [
-        Model(row["name"], next(artifacts.rglob(row["artifact"])), row["accuracy"])
-        for row in installation.fill_and_wait(APPLICATION)
-    ]
+    return [Model(row["name"], file, row["accuracy"]) for file, row in installation.family(APPLICATION)]
 
 
 def measure(folder: Path, models: Sequence[Model], seconds: float, stop: threading.Event) -> Grid:

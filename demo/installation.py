@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,15 +107,22 @@ class Installation:
             self.service.manage("import_model", application, str(path), "--name", path.stem, *passes)
             yield path.stem
 
-    def fill_and_wait(self, application: str) -> list[dict[str, Any]]:
-        """The same with compression done here; returns the variants as the catalogue's rows."""
+    def family(self, application: str) -> list[tuple[Path, dict[str, Any]]]:
+        """The same with compression done here; each variant's file and what the exported manifest says of it."""
         self.define(application)
         for path in self.model_files(application):
             passes = ",".join(PASSES[application])
             self.service.manage(
                 "import_model", application, str(path), "--name", path.stem, "--passes", passes, "--wait"
             )
-        return [row["fields"] for row in json.loads(self.service.manage("dumpdata", "catalogue.variant"))]
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            archive = Path(scratch) / "family.zip"
+            self.service.manage("export_family", application, str(archive))
+            with zipfile.ZipFile(archive) as opened:
+                opened.extractall(self.folder)
+        folder = self.folder / application
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return [(folder / row["file"], row) for row in manifest["variants"]]
 
     def define(self, application: str) -> None:
         data = self.data(application)

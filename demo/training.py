@@ -58,17 +58,17 @@ RECIPES = (
     Recipe("digits-small", (16, POOL, 16, POOL, 32, POOL), 24_000),
     Recipe(
         "digits-medium",
-        (32, 32, POOL, 48, 48, POOL, 64, POOL),
+        (48, 48, 48, 48, POOL, 32, POOL, 32, POOL),
         16_000,
-        widen_to=(64, 64, POOL, 96, 96, POOL, 128, POOL),
-        widened_images=3_200,
+        widen_to=(104, 104, 104, 104, POOL, 48, POOL, 48, POOL),
+        widened_images=1_600,
     ),
     Recipe(
         "digits-large",
-        (64, 64, 64, 64, 64, 64, POOL, 96, 96, POOL, 96, POOL),
-        28_000,
-        widen_to=(112, 112, 112, 112, 112, 112, POOL, 128, 128, POOL, 128, POOL),
-        widened_images=3_200,
+        (64, 64, 64, 64, 64, 64, 64, 64, 64, POOL, 48, POOL, 48, POOL),
+        24_000,
+        widen_to=(112, 112, 112, 112, 112, 112, 112, 112, 112, POOL, 48, POOL, 48, POOL),
+        widened_images=1_600,
     ),
 )
 
