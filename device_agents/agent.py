@@ -294,7 +294,6 @@ class Agent:
         outcomes = self._followers.first_outcomes()
         profiles = self._untold_profiles()
         found, telemetry = self.read_hardware(), self._telemetry.read()
-        profiling = self.profiling.state(telemetry)
         reply = self._send_check_in(
             CheckIn(
                 sent_at=self._now(),
@@ -308,10 +307,9 @@ class Agent:
                 dropped=self.spool.dropped(),
                 serving_url=self.serving_url,
                 keys_version=self.client.identity.keys_version if self.client.identity else None,
-                profiling=profiling,
+                profiling=self.profiling.state(telemetry),
             )
         )
-        self.profiling.acknowledge(profiling)
         for follower, told in outcomes.items():
             if told:
                 follower.acknowledge(told)
@@ -324,13 +322,23 @@ class Agent:
         return reply.desired_version > self._seen_version
 
     def _send_check_in(self, message: CheckIn) -> CheckInReply:
-        """What the service will never take of a measurement must not keep the device from being heard."""
+        """What the service will never take of a measurement must not keep the device from being heard.
+
+        Where the check-in is refused without the measurements too, they are not the reason, and all are kept.
+        """
+        trace_id, told = self._followers.trace_id(), message.profiling
+        assert told is not None, "every check-in says something of profiling"
         try:
-            return self.client.check_in(message, trace_id=self._followers.trace_id())
+            reply = self.client.check_in(message, trace_id=trace_id)
         except ServiceRefused as error:
-            if error.http_status in TOO_LARGE_OR_WRONG and message.profiling is not None:
-                self.profiling.acknowledge(message.profiling)
-            raise
+            if error.http_status not in TOO_LARGE_OR_WRONG or not told.results:
+                raise
+            without = message.model_copy(update={"profiling": told.model_copy(update={"results": ()})})
+            reply = self.client.check_in(without, trace_id=trace_id)
+            self.profiling.refuse(told, error.reason)
+        else:
+            self.profiling.acknowledge(told)
+        return reply
 
     def _hardware_now(self) -> Hardware:
         return self.read_hardware()

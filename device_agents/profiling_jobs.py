@@ -149,6 +149,7 @@ class ProfilingJobs:
         self._job: ProfilingJob | None = None
         self._is_stopping = False
         self._asked_s = time.monotonic()
+        self._told_at_once = RESULTS_KEPT
         self._thread: threading.Thread | None = None
 
     # -- for the agent -----------------------------------------------------------------------------------------------
@@ -184,14 +185,24 @@ class ProfilingJobs:
             is_idle=not busy_with,
             busy_with=busy_with[:256],
             job_id=job.job_id if job else None,
-            results=self._store.profiling_results(),
+            results=self._store.profiling_results()[: self._told_at_once],
         )
 
     def acknowledge(self, told: ProfilingState) -> None:
-        """The service has these results, or will never take them."""
+        """The service has these results."""
+        self._told_at_once = min(RESULTS_KEPT, self._told_at_once * 2)
         if told.results:
-            done = {result.job_id for result in told.results}
-            self._keep([each for each in self._store.profiling_results() if each.job_id not in done])
+            self._forget(told.results)
+
+    def refuse(self, told: ProfilingState, reason: str) -> None:
+        """The service takes these results never, or not together: fewer are told next time, a single one is given up.
+
+        What is refused for good must not block what is not.
+        """
+        if len(told.results) == 1:
+            logger.warning("profiling result refused job=%s reason=%r", told.results[0].job_id, reason)
+            self._forget(told.results)
+        self._told_at_once = max(1, len(told.results) // 2)
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
@@ -275,6 +286,10 @@ class ProfilingJobs:
                 self._job = None
         logger.info("profiling ended job=%s error=%r", result.job_id, result.error)
         self._on_result()
+
+    def _forget(self, results: Sequence[ProfilingResult]) -> None:
+        gone = {result.job_id for result in results}
+        self._keep([each for each in self._store.profiling_results() if each.job_id not in gone])
 
     def _keep(self, results: Sequence[ProfilingResult]) -> None:
         try:

@@ -110,6 +110,7 @@ class FakeService:
     clock_offset: timedelta = timedelta(0)
     reject: frozenset[str] = frozenset()
     poison: frozenset[str] = frozenset()
+    """Feedback by id, and profiling results by job, that make it refuse the whole message."""
     requests: list[httpx.Request] = field(default_factory=list)
     check_ins: list[CheckIn] = field(default_factory=list)
     feedback: dict[str, Feedback] = field(default_factory=dict)
@@ -187,7 +188,10 @@ class FakeService:
         return httpx.Response(200, text=reply.model_dump_json())
 
     def _check_in(self, request: httpx.Request) -> httpx.Response:
-        self.check_ins.append(CheckIn.model_validate_json(request.content))
+        message = CheckIn.model_validate_json(request.content)
+        if message.profiling and any(result.job_id in self.poison for result in message.profiling.results):
+            return httpx.Response(400, json={"title": "no", "detail": "poison", "status": 400, "code": "invalid"})
+        self.check_ins.append(message)
         reply = CheckInReply(
             check_in_interval_s=self.check_in_interval_s,
             desired_version=self.version,

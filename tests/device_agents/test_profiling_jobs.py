@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from device_agents.agent import Agent
 from device_agents.client import ServiceClient
 from device_agents.config import AgentConfig
 from device_agents.errors import AttemptFailed, ServiceRefused
@@ -307,14 +308,48 @@ def test_an_idle_agent_measures_what_the_signed_document_names(make_agent: MakeA
     assert result.accuracy == AccuracyReport(kind="top-1", samples=10, correct=10)
 
 
-@pytest.mark.parametrize(("status", "is_kept"), [(422, False), (503, True)])
-def test_a_result_that_the_service_will_never_take_does_not_silence_the_device(
-    status: int, is_kept: bool, make_agent: MakeAgent, service: FakeService
-) -> None:
+@pytest.fixture
+def telling(make_agent: MakeAgent) -> Agent:
+    """An enrolled agent that has five results to tell."""
     agent = make_agent()
     agent.enrol()
-    agent.store.save_profiling_results((ProfilingResult(job_id="7-1", error="no room"),))
+    agent.store.save_profiling_results(tuple(ProfilingResult(job_id=f"{n}-1", error="no room") for n in range(5)))
+    return agent
+
+
+def kept_by(agent: Agent) -> list[str]:
+    return [result.job_id for result in agent.store.profiling_results()]
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, 503])
+def test_a_check_in_refused_for_another_reason_loses_no_result(
+    status: int, telling: Agent, service: FakeService
+) -> None:
     service.failing = status
     with pytest.raises(ServiceRefused):
-        agent.work_once()
-    assert bool(agent.store.profiling_results()) is is_kept
+        telling.work_once()
+    assert len(kept_by(telling)) == 5
+    service.failing = None
+    telling.work_once()
+    assert kept_by(telling) == []
+    (told,) = service.check_ins
+    assert told.profiling is not None
+    assert len(told.profiling.results) == 5
+
+
+def test_only_the_result_that_the_service_will_never_take_is_given_up_and_the_device_is_heard_meanwhile(
+    telling: Agent, service: FakeService, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.poison = frozenset({"3-1"})
+    rounds = 0
+    while kept_by(telling):
+        telling.poke(check_in=True)
+        telling.work_once()
+        rounds += 1
+        assert len(service.check_ins) == rounds
+    told = [result.job_id for each in service.check_ins if each.profiling for result in each.profiling.results]
+    assert sorted(told) == ["0-1", "1-1", "2-1", "4-1"]
+    assert rounds < 10
+    assert [line for line in caplog.messages if "refused" in line] == [
+        "profiling result refused job=3-1 reason='400: poison'"
+    ]
