@@ -140,5 +140,6 @@ def baseline_candidate(candidates: Sequence[Candidate], key: str | None) -> Cand
 
 
 def standing_of(row: Mapping[str, Any]) -> Standing:
-    """The standing that a row holds."""
-    return Standing.from_row("standing", row.get("standing"))
+    """The standing that a row of the calibration holds, which was checked when it was loaded."""
+    known = row.get("standing")
+    return Standing() if known is None else Standing(*known)

@@ -110,10 +110,11 @@ class Candidates(Sequence[Candidate]):
 
     def at(self, places: Sequence[int]) -> list[Candidate]:
         """The candidates in these places; cheaper than one by one."""
-        table, source, probability = self._table.actions, self._source, self._probability
+        table, source, wanted = self._table.actions, self._source, list(places)
+        numbers: list[list[Any]] = self._numbers[:, wanted].T.tolist()
+        probabilities: list[float] = self._probability[wanted].tolist()
         made = []
-        for place in places:
-            parts: list[Any] = self._numbers[:, place].tolist()
+        for place, parts, probability in zip(wanted, numbers, probabilities, strict=True):
             parts.insert(_SOURCE, source[place])
             made.append(
                 Candidate(
@@ -122,7 +123,7 @@ class Candidates(Sequence[Candidate]):
                     self._hard.get(place, ()),
                     self._soft.get(place, ()),
                     place in self._shortlist,
-                    float(probability[place]),
+                    probability,
                 )
             )
         return made

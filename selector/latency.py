@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selector.actions import ActionTable
-from selector.calibration import Calibration, Correction, scopes_of
+from selector.calibration import Calibration, scopes_of
 from selector.effects import effect_table
 from selector.interactions import Context, Profile
 from selector.profiles import ProfileBook, ServiceTime, profile_book
-from selector.queueing import SMALLEST_SPREAD, Z_95, normal_cdf, share_within, sojourn_columns
+from selector.queueing import SMALLEST_SPREAD, Z_95, normal_cdf, sojourn_columns
 
 __all__ = ["Calibration", "LatencyModel", "Predicted", "ProfileBook", "ServiceTime", "scopes_of"]
 
@@ -35,8 +35,9 @@ OUTER_SD, OUTER_WEIGHT = math.sqrt(3.0), 1.0 / 6.0
 class Predicted:
     """Predictions as columns of shape (actions,), and ``source`` per action. All finite.
 
-    The hopeful ones hold if the service time lies OUTER_SD standard deviations below what is expected. ``known`` is the
-    correction that was used.
+    The hopeful ones hold if the service time lies OUTER_SD standard deviations below what is expected, the cautious one
+    if it lies as far above: the slower service goes through the queue, since what is near overload falls off a cliff
+    that no spread around the expectation shows.
     """
 
     p50_ms: Floats
@@ -45,6 +46,7 @@ class Predicted:
     cpu_ms_per_request: Floats
     slo_violation_probability: Floats
     slo_hit_share: Floats
+    cautious_hit_share: Floats
     hopeful_hit_share: Floats
     hopeful_cpu_ms: Floats
     service_ms: Floats
@@ -55,7 +57,6 @@ class Predicted:
     held_back: Floats
     memory_bytes: Floats
     source: tuple[str, ...]
-    known: Correction
 
 
 class LatencyModel:
@@ -77,78 +78,68 @@ class LatencyModel:
         crowd = _contention(context, table, one_ms, threads)
         stalled, held_back = _quota_stalls(context, one_ms, threads, crowd)
         raw_a, raw_b = times.a_ms * stalled, np.maximum(times.b_ms * stalled, 1e-6)
+        unsure = known.variance[0]
+        hope = OUTER_SD * np.sqrt(unsure)
+        speeds = np.array((service, np.exp(known.mean[0] + hope)))
         queue = sojourn_columns(
-            raw_a * service,
-            raw_b * service,
+            raw_a * speeds,
+            raw_b * speeds,
             table.max_batch,
             table.max_concurrency,
             context.arrival_rate_rps,
             held_back=held_back,
         )
-        raw_cpu = (times.a_ms + times.b_ms / queue.batch) * threads
+        raw_cpu = (times.a_ms + times.b_ms / queue.batch[0]) * threads
         p95_ms: Floats = np.maximum(queue.p95_ms * tail, queue.p50_ms * 1.02)
-        steepness = 1.0 / np.maximum(1.0 - queue.utilisation, 1.0 / LARGEST_SENSITIVITY)
-        unsure = known.variance[0]
+        steepness = 1.0 / np.maximum(1.0 - queue.utilisation[0], 1.0 / LARGEST_SENSITIVITY)
         log_sd: Floats = np.sqrt(steepness**2 * (unsure + NOISE_SD**2) + known.variance[1])
-        hope = OUTER_SD * np.sqrt(unsure)
-        late, within, hopeful = _shares(
+        late, within, hopeful, cautious = _shares(
             context.slo_p95_ms, queue.p50_ms, p95_ms, log_sd, variance=steepness**2 * unsure, hope=steepness * hope
         )
         cpu_ms = raw_cpu * cpu
         return Predicted(
-            p50_ms=queue.p50_ms,
-            p95_ms=p95_ms,
+            p50_ms=queue.p50_ms[0],
+            p95_ms=p95_ms[0],
             log_sd=log_sd,
             cpu_ms_per_request=cpu_ms,
             slo_violation_probability=late,
             slo_hit_share=within,
+            cautious_hit_share=cautious,
             hopeful_hit_share=hopeful,
             hopeful_cpu_ms=cpu_ms * np.exp(-hope),
-            service_ms=queue.service_ms,
-            batch=queue.batch,
+            service_ms=queue.service_ms[0],
+            batch=queue.batch[0],
             raw_a_ms=raw_a,
             raw_b_ms=raw_b,
             raw_cpu_ms=raw_cpu,
             held_back=held_back,
             memory_bytes=times.memory_bytes,
             source=times.source,
-            known=known,
         )
-
-
-def cautious_hit_share(context: Context, table: ActionTable, predicted: Predicted) -> Floats:
-    """Share of requests within the SLO if the service time lies OUTER_SD standard deviations above what is expected,
-    shape (actions,).
-
-    The slower service goes through the queue: what is near overload falls off a cliff that no spread around the
-    expectation shows.
-    """
-    service, tail, _ = predicted.known.mean
-    slow = np.exp(service + OUTER_SD * np.sqrt(predicted.known.variance[0]))
-    queue = sojourn_columns(
-        predicted.raw_a_ms * slow,
-        predicted.raw_b_ms * slow,
-        table.max_batch,
-        table.max_concurrency,
-        context.arrival_rate_rps,
-        held_back=predicted.held_back,
-    )
-    p95_ms = np.maximum(queue.p95_ms * np.exp(tail), queue.p50_ms * 1.02)
-    return np.minimum(share_within(context.slo_p95_ms, queue.p50_ms, p95_ms), predicted.slo_hit_share)
 
 
 def _shares(
     limit_ms: float, p50_ms: Floats, p95_ms: Floats, log_sd: Floats, *, variance: Floats, hope: Floats
-) -> tuple[Floats, Floats, Floats]:
-    """Probability that p95 misses the limit; expected share of requests within it if latency is lognormal with these
-    percentiles, its level known up to ``variance``; and the share if the level is lower by ``hope``."""
+) -> Floats:
+    """Shape (4, actions): probability that p95 misses the limit; expected share of requests within it if latency is
+    lognormal with these percentiles, its level known up to ``variance``; the share if the level is lower by ``hope``;
+    and the share at the slower speed.
+
+    Percentiles of shape (2, actions): at the expected speed and at the slower one.
+    """
     limit, logs = math.log(limit_ms), np.log((p50_ms, p95_ms))
     spread = np.maximum((logs[1] - logs[0]) / Z_95, SMALLEST_SPREAD)
     slack = limit - logs[0]
-    late, within, hopeful = normal_cdf(
-        ((logs[1] - limit) / log_sd, slack / np.sqrt(spread**2 + variance), (slack + hope) / spread)
+    shares = normal_cdf(
+        (
+            (logs[1, 0] - limit) / log_sd,
+            slack[0] / np.sqrt(spread[0] ** 2 + variance),
+            (slack[0] + hope) / spread[0],
+            slack[1] / spread[1],
+        )
     )
-    return late, within, hopeful
+    shares[3] = np.minimum(shares[3], shares[1])
+    return shares
 
 
 def _contention(context: Context, table: ActionTable, one_ms: Floats, threads: Floats) -> Floats:

@@ -24,8 +24,8 @@ STEEP_FROM = 0.95
 LONGEST_MS = 1e7
 Z_95 = 1.6448536269514722
 SMALLEST_SPREAD = 0.05
-# Shares above p50 and p95, one row each.
-_TAILS = np.array([[0.5], [0.05]])
+# Shares above p50 and p95.
+_TAILS = np.array([0.5, 0.05])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ def sojourn_columns(
     service_scv: float = 0.02,
     held_back: Floats | float = 1.0,
 ) -> QueueEstimate:
-    """The same for arrays of one shape, (actions,), and one rate. ``held_back`` says how many times longer than a
-    service its server is taken: above 1 where a quota must recover."""
+    """The same for arrays that broadcast to (actions,) or (speeds, actions), and one rate. ``held_back`` says how many
+    times longer than a service its server is taken: above 1 where a quota must recover."""
     per_ms = rate / 1000.0
     size: Floats = np.minimum(np.maximum(per_ms * b / np.maximum(c - per_ms * a, 1e-9), 1.0), largest)
     service = a * size + b
@@ -93,7 +93,7 @@ def sojourn_columns(
     residual = service / c
     behind = (1.0 + service_scv) / 2.0 * np.minimum(rho, 1.0) * _slowdown(rho) * full
     # No wait with probability 1 - busy, else the rest of a service and an exponential queue.
-    waiting = np.maximum(1.0 - _TAILS / np.maximum(busy, 1e-12), 0.0)
+    waiting = np.maximum(1.0 - np.divide.outer(_TAILS, np.maximum(busy, 1e-12)), 0.0)
     waits = waiting * residual - np.log1p(-np.minimum(waiting, 0.999)) * behind
     spread = Z_95 * math.sqrt(service_scv) * service
     return QueueEstimate(

@@ -22,7 +22,7 @@ from selector.feasibility import (
     slo_violation_is_likely,
 )
 from selector.interactions import Action, Context, Profile, Ranking
-from selector.latency import OUTER_WEIGHT, LatencyModel, Predicted, cautious_hit_share
+from selector.latency import OUTER_WEIGHT, LatencyModel, Predicted
 from selector.policy import Policy, checked, sample, seed_of, uniform_of
 from selector.reward import QoeFormula
 from selector.validation import check_context, name, number
@@ -138,12 +138,17 @@ def rank(
     )
 
 
-def expected_qoe(
-    table: ActionTable, predicted: Predicted, formula: QoeFormula, hit_share: Floats, is_present: Mask
-) -> Floats:
-    """Predicted QoE per action at this share of requests within the SLO; what is not present has to be downloaded."""
+def expected_qoe(table: ActionTable, predicted: Predicted, formula: QoeFormula, is_present: Mask) -> Floats:
+    """Predicted QoE of shape (3, actions): as expected; at the cautious speed; and, the download aside, at the hopeful
+    one. What is not present has to be downloaded."""
     download = np.where(is_present, 0.0, table.size_bytes)
-    return formula.predicted(table.accuracy, hit_share, predicted.cpu_ms_per_request, download)
+    cpu_ms = predicted.cpu_ms_per_request
+    return formula.predicted(
+        table.accuracy,
+        np.array((predicted.slo_hit_share, predicted.cautious_hit_share, predicted.hopeful_hit_share)),
+        np.array((cpu_ms, cpu_ms, predicted.hopeful_cpu_ms)),
+        np.array((download, download, np.zeros_like(download))),
+    )
 
 
 def mixture(
@@ -245,13 +250,12 @@ def _score(
         feasible[list(hard)] = False
     soft = slo_violation_is_likely(predicted.slo_violation_probability, exploration.slo_violation_limit)
     is_present = on_device(context, table)[table.variant]
-    qoe = expected_qoe(table, predicted, formula, predicted.slo_hit_share, is_present)
+    qoe, cautious, hopeful = expected_qoe(table, predicted, formula, is_present)
     baseline = table.position.get(context.baseline) if context.baseline is not None else None
     if baseline is not None and not feasible[baseline]:
         baseline = None
     short = np.zeros(len(table.actions), dtype=np.bool_)
     if baseline is not None and exploration.budget < 1:
-        cautious = expected_qoe(table, predicted, formula, cautious_hit_share(context, table, predicted), is_present)
         short = uncovered(cautious, float(qoe[baseline]), baseline, exploration.budget, standings)
     reasons = dict.fromkeys(soft.nonzero()[0].tolist(), (SLO_VIOLATION_LIKELY,))
     for index in short.nonzero()[0].tolist():
@@ -259,20 +263,17 @@ def _score(
     free = feasible & ~soft
     best = float(qoe[free if free.any() else feasible].max())
     # What ran here lately is known, or its report is on the way: finding it out again would tell nothing new.
-    found_out = exploration.horizon * ~is_present * worth_finding_out(table, predicted, formula, qoe, best)
+    found_out = exploration.horizon * ~is_present * worth_finding_out(hopeful, qoe, best)
     bonus = found_out - exploration.risk_aversion * predicted.slo_violation_probability
     candidates = Candidates(table, predicted, qoe, bonus, hard=hard, soft=reasons)
     return _Scored(table, candidates, feasible, soft, short, qoe + found_out > best)
 
 
-def worth_finding_out(
-    table: ActionTable, predicted: Predicted, formula: QoeFormula, qoe: Floats, best: float
-) -> Floats:
+def worth_finding_out(hopeful: Floats, qoe: Floats, best: float) -> Floats:
     """Expected gain per decision over the ``best`` known QoE from knowing an action's speed, shape (actions,).
 
     Expected improvement (Mockus, 1978) by three-point quadrature over the uncertain service time, of which only the
-    fast point can gain. An action that is sure, or hopeless, is worth nothing.
+    fast point, worth ``hopeful``, can gain. An action that is sure, or hopeless, is worth nothing.
     """
-    hopeful = formula.predicted(table.accuracy, predicted.hopeful_hit_share, predicted.hopeful_cpu_ms, 0.0)
     gain: Floats = OUTER_WEIGHT * np.maximum(hopeful - np.maximum(best, qoe), 0.0)
     return gain
