@@ -71,7 +71,8 @@ class LatencyModel:
 
     def predict(self, context: Context, table: ActionTable) -> Predicted:
         """Predictions of all actions, whatever the load."""
-        times = self._book.columns(table, context.cores)
+        isa = context.features.get("isa")
+        times = self._book.columns(table, context.cores, isa if isinstance(isa, str) else "")
         known = self._calibration.correction(context, effect_table(table, times.source))
         service, tail, cpu = np.exp(known.mean)
         one_ms, threads = times.a_ms + times.b_ms, np.minimum(table.threads, context.cores)

@@ -20,6 +20,10 @@ Floats = NDArray[np.float64]
 PARALLEL_SHARE = 0.85
 # A model nobody measured: milliseconds for one request per megabyte, and a fixed part.
 MS_PER_MB, FIXED_MS = 4.0, 1.0
+# Instruction sets that multiply and add int8 in one step, by the catalogue's names; without one it takes three, part of
+# which memory hides.
+INT8_STEP = frozenset({"vnni", "amx", "neon-dot", "i8mm"})
+INT8_WITHOUT_STEP = 2.0
 _MOST_KEPT = 16
 
 
@@ -51,14 +55,14 @@ class ProfileBook:
         for profile in profiles:
             self._known[profile.source].setdefault(profile.digest, {})[profile.threads] = profile
         self._ratio = {source: self._speed_ratio(source) for source in ("class", "server")}
-        self._columns: dict[tuple[int, int], tuple[ActionTable, ServiceColumns]] = {}
+        self._columns: dict[tuple[int, int, str], tuple[ActionTable, ServiceColumns]] = {}
 
-    def columns(self, table: ActionTable, cores: int) -> ServiceColumns:
+    def columns(self, table: ActionTable, cores: int, isa: str = "") -> ServiceColumns:
         """Service times of all actions; worked out once per table."""
-        found = self._columns.get((id(table), cores))
+        found = self._columns.get((id(table), cores, isa))
         if found is not None and found[0] is table:
             return found[1]
-        times = self.service_times(table.variants, table.pairs, cores)
+        times = self.service_times(table.variants, table.pairs, cores, isa)
         memory = np.array([self._memory_of(variant) for variant in table.variants], dtype=np.float64)
         made = ServiceColumns(
             a_ms=np.array([time.a_ms for time in times], dtype=np.float64)[table.pair],
@@ -68,21 +72,22 @@ class ProfileBook:
         )
         if len(self._columns) >= _MOST_KEPT:
             self._columns.clear()
-        self._columns[id(table), cores] = table, made
+        self._columns[id(table), cores, isa] = table, made
         return made
 
     def service_times(
-        self, variants: Sequence[Variant], pairs: Sequence[tuple[int, int]], cores: int
+        self, variants: Sequence[Variant], pairs: Sequence[tuple[int, int]], cores: int, isa: str = ""
     ) -> list[ServiceTime]:
         """Best known service time of each pair (index into variants, threads).
 
         In this order: measured on the device; on it with other threads; measured on its class, then on the server,
-        times the device's speed against those where both were measured; else guessed from the size.
+        times the device's speed against those where both were measured; else guessed from the size, the precision and
+        the device's instruction sets (``vnni+avx2``; empty if unknown).
         """
-        guess = self._size_ratio(variants, cores)
-        return [self._service_time(variants[index], threads, cores, guess) for index, threads in pairs]
+        guess = self._size_ratio(variants, cores, isa)
+        return [self._service_time(variants[index], threads, cores, isa, guess) for index, threads in pairs]
 
-    def _service_time(self, variant: Variant, threads: int, cores: int, guess: float) -> ServiceTime:
+    def _service_time(self, variant: Variant, threads: int, cores: int, isa: str, guess: float) -> ServiceTime:
         own = self._known["device"].get(variant.digest)
         if own:
             source = "device" if threads in own else "device_scaled"
@@ -93,7 +98,7 @@ class ProfileBook:
                 factor = self._ratio[source]
                 a_ms, b_ms = _scaled(known, threads, cores)
                 return ServiceTime(a_ms * factor, b_ms * factor, source)
-        one_ms = _guessed_ms(variant, threads, cores) * guess
+        one_ms = _guessed_ms(variant, threads, cores, isa) * guess
         return ServiceTime(0.8 * one_ms, 0.2 * one_ms, "size")
 
     def _speed_ratio(self, source: str) -> float:
@@ -106,8 +111,8 @@ class ProfileBook:
         ]
         return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
-    def _size_ratio(self, variants: Sequence[Variant], cores: int) -> float:
-        """Measured time over the guess from the size, over the variants that anybody measured; 1 if none."""
+    def _size_ratio(self, variants: Sequence[Variant], cores: int, isa: str) -> float:
+        """Measured time over the guess, over the variants that anybody measured; 1 if none."""
         logs = []
         for variant in variants:
             for source in ("device", "class", "server"):
@@ -115,7 +120,7 @@ class ProfileBook:
                 if known:
                     scale = self._ratio[source] if source != "device" else 1.0
                     logs += [
-                        math.log(scale * _one_ms(profile) / _guessed_ms(variant, threads, cores))
+                        math.log(scale * _one_ms(profile) / _guessed_ms(variant, threads, cores, isa))
                         for threads, profile in known.items()
                     ]
                     break
@@ -146,8 +151,10 @@ def _one_ms(profile: Profile) -> float:
     return profile.a_ms + profile.b_ms
 
 
-def _guessed_ms(variant: Variant, threads: int, cores: int) -> float:
-    return (MS_PER_MB * variant.size_bytes / 1e6 + FIXED_MS) / speedup(threads, cores)
+def _guessed_ms(variant: Variant, threads: int, cores: int, isa: str) -> float:
+    is_slow = variant.precision == "int8" and isa and INT8_STEP.isdisjoint(isa.split("+"))
+    ms_per_mb = MS_PER_MB * (INT8_WITHOUT_STEP if is_slow else 1.0)
+    return (ms_per_mb * variant.size_bytes / 1e6 + FIXED_MS) / speedup(threads, cores)
 
 
 def _scaled(known: dict[int, Profile], threads: int, cores: int) -> tuple[float, float]:

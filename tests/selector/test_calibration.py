@@ -311,6 +311,16 @@ def test_an_unmeasured_variant_is_guessed_from_its_size_at_the_speed_of_the_othe
     assert slow.a_ms == pytest.approx(10 * fast.a_ms)
 
 
+@pytest.mark.parametrize(("isa", "slower"), [("avx2", 2.0), ("avx2+vnni", 1.0), ("neon-dot", 1.0), ("", 1.0)])
+def test_an_unmeasured_int8_variant_is_guessed_slower_where_no_instruction_helps(isa: str, slower: float) -> None:
+    def guessed(precision: str, features: dict[str, float | str]) -> float:
+        table = action_table((action(0, precision=precision, size_bytes=10_000_000),))
+        return float(LatencyModel(()).predict(context(features=features), table).service_ms[0])
+
+    assert guessed("int8", {"isa": isa}) == pytest.approx(slower * guessed("int8", {}), rel=0.03)
+    assert guessed("fp32", {"isa": isa}) == guessed("fp32", {})
+
+
 def test_competing_load_and_too_many_threads_slow_every_run_down() -> None:
     some = (action(0), action(0, concurrency=4))
     quiet = LatencyModel(profiles()).predict(context(), action_table(some))
