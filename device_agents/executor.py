@@ -41,7 +41,8 @@ class Executor:
         self.budget = budget or ThreadBudget()
         self._queue_requests = queue_requests
         self._queue = WaitingQueue()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # entered by itself, which runs no Python code, unlike by its condition
+        self._changed = threading.Condition(self._lock)
         self._served: ServedModel | None = None
         self._scheduler: Scheduler | None = None
         self._admission: Admission | None = None
@@ -70,7 +71,7 @@ class Executor:
         answered in time is shed later too: its future then raises Overloaded.
         """
         waiting = self._checked(inputs, within_ms)
-        with self._changed:
+        with self._lock:
             self._admit(waiting)
             future = self._queue.add(waiting)
             self._changed.notify()
@@ -85,7 +86,7 @@ class Executor:
         and RunFailed.
         """
         waiting = self._checked(inputs, within_ms)
-        with self._changed:
+        with self._lock:
             self._admit(waiting)
             run = None if self._queue else self._begin_at_once(waiting, own_thread_ms)
             if run is None:
@@ -118,7 +119,7 @@ class Executor:
 
     def arrival_rate_rps(self) -> float:
         """Requests per second lately, shed ones included."""
-        with self._changed:
+        with self._lock:
             return self._arrivals.rate_rps(time.monotonic())
 
     @property
@@ -129,7 +130,7 @@ class Executor:
     @property
     def unanswered(self) -> int:
         """Requests that wait, or that the served model runs."""
-        with self._changed:
+        with self._lock:
             runs = self._runs.get(self._served, []) if self._served else []
             return len(self._queue) + sum(len(run.requests) for run in runs)
 
@@ -189,7 +190,7 @@ class Executor:
         model that hangs: its runs fail at once, and callers that are stuck in it are replaced. ``scheduler`` replaces
         the one that the configuration asks for.
         """
-        with self._changed:
+        with self._lock:
             old, self._served = self._served, served
             self._scheduler = scheduler or self._scheduler_for(served, old)
             given_up = self._give_up(old) if gives_up_old and old is not None else []
@@ -230,12 +231,12 @@ class Executor:
 
     def wait_until_idle(self, served: ServedModel, *, timeout_s: float) -> bool:
         """Waits for the runs of a replaced model to end."""
-        with self._changed:
+        with self._lock:
             return self._changed.wait_for(lambda: not self._runs.get(served), timeout_s)
 
     def close(self, *, timeout_s: float = 10.0) -> None:
         """Takes no more requests, answers those that wait, and ends."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
             self._changed.notify_all()
             callers = list(self._callers.values())
@@ -254,7 +255,7 @@ class Executor:
 
     def _wait_for_work(self, index: int) -> bool:
         """Sleeps until there is a run to begin, and takes the threads for it; False when this caller is to end."""
-        with self._changed:
+        with self._lock:
             while not self._is_over(index):
                 served, scheduler = self._served, self._scheduler
                 assert served is not None
@@ -282,7 +283,7 @@ class Executor:
 
     def _next_run(self) -> tuple[Run | None, list[Waiting]]:
         """What to run with the threads that were taken, and what it is too late for. Gives them back for nothing."""
-        with self._changed:
+        with self._lock:
             served, scheduler = self._served, self._scheduler
             assert served is not None
             assert scheduler is not None
@@ -341,7 +342,7 @@ class Executor:
             scheduler.observed(rows=rows, service_ms=service_ms, concurrency=concurrency)
 
     def _finish(self, run: Run) -> None:
-        with self._changed:
+        with self._lock:
             runs = self._runs.get(run.served, [])
             if run not in runs:  # it was given up, and its threads with it
                 return

@@ -60,7 +60,7 @@ class Run:
             for waiting in requests
         ]
         served.account.ended(pieces, answers, concurrency=self.concurrency)
-        statistics.ended(pieces, answers, cpu_ms=cpu_ms, slo_ms=served.account.slo_ms)
+        statistics.ended(pieces, answers, cpu_ms=cpu_ms, slo_ms=served.account.slo_ms, now_s=finished_s)
         for waiting, own, answered in zip(requests, outputs, answers, strict=True):
             waiting.end(Answer(outputs=own, served=served, cost=answered))
 

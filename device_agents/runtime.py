@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,8 +67,7 @@ class Tensor:
         return next(dtype for datatype, dtype in DATATYPES.values() if datatype == self.datatype)
 
 
-@dataclass(frozen=True)
-class RunCost:
+class RunCost(NamedTuple):
     """What one run took: wall time, and CPU time of this process that belongs to it."""
 
     service_ms: float

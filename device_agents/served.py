@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from device_agents.control import CONTROLLER_VERSION
 from device_agents.lease import Answered, LeaseAccount
@@ -29,8 +30,7 @@ class ServedModel:
         return CONTROLLER_VERSION if self.configuration.controller else ""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """Outputs of one request, the model that made them, and what it cost."""
 
     outputs: dict[str, Array]

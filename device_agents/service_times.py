@@ -9,7 +9,7 @@ moment of the machine shows in every run, runs that hinder each other only besid
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 MEMORY = 0.98  # of the line, per run: about the last fifty runs count
 PRIOR_RUNS = 0.5  # what the warm-up's fit weighs at either end of the line, in runs
@@ -24,6 +24,10 @@ PACE_KEPT, PACE_DRIFT = 0.9, 0.15**2
 CROWDING_KEPT, CROWDING_VARIANCE = 0.9998, 0.7**2
 CROWDING_DRIFT = CROWDING_VARIANCE * (1 - CROWDING_KEPT**2)
 MOST_CROWDING = 2.0
+
+
+# What a run costs by its rows: a_ms, b_ms, how far the runs of late are from the prior, and the sums behind the fit.
+Line = tuple[float, float, float, tuple[float, float, float, float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +73,12 @@ class ServiceTimes:
     prior: tuple[float, float]
     a_ms: float
     b_ms: float
+    level: float = 1.0
+    sums: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)
     tail: float = 1.1
     cores_slowdown: tuple[float, ...] = (1.0,)
     conditions: Conditions = Conditions()
     pace: float = 1.0
-    level: float = 1.0
-    sums: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)
 
     def typical_ms(self, rows: int) -> float:
         """One run alone, at the pace of most of the time."""
@@ -109,11 +113,15 @@ class ServiceTimes:
         # A step up weighs nine times one down, so that the factor settles where one run in ten is above it.
         step = TAIL_STEP * (TAIL_SHARE if service_ms > self.tail * expected_ms else TAIL_SHARE - 1)
         conditions = self.conditions.observed(math.log(surprise), concurrency=concurrency)
-        refitted = self._refitted(rows, self.typical_ms(rows) * surprise) if concurrency < ALONE_BELOW else self
+        line = self._refitted(rows, self.typical_ms(rows) * surprise) if concurrency < ALONE_BELOW else self._line
         tail = min(max(self.tail + step, 1.02), LARGEST_TAIL)
-        return replace(refitted, tail=tail, conditions=conditions, pace=math.exp(conditions.pace))
+        return ServiceTimes(self.prior, *line, tail, self.cores_slowdown, conditions, math.exp(conditions.pace))
 
-    def _refitted(self, rows: int, typical_ms: float) -> ServiceTimes:
+    @property
+    def _line(self) -> Line:
+        return self.a_ms, self.b_ms, self.level, self.sums
+
+    def _refitted(self, rows: int, typical_ms: float) -> Line:
         """Weighted least squares by relative error, with the prior at both ends of the line."""
         prior_a, prior_b = self.prior
         level = self.level + 0.1 * (typical_ms / max(prior_a * rows + prior_b, 1e-6) - self.level)
@@ -131,7 +139,7 @@ class ServiceTimes:
         b_ms = (t - a_ms * n) / w
         if b_ms < 0:
             a_ms, b_ms = nt / nn, 0.0
-        return replace(self, a_ms=a_ms, b_ms=b_ms, level=level, sums=sums)
+        return a_ms, b_ms, level, sums
 
 
 def start(a_ms: float, b_ms: float, *, max_concurrency: int, cores: int, threads: int = 1) -> ServiceTimes:

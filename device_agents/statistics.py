@@ -45,7 +45,6 @@ class _Ended(NamedTuple):
     cpu_ms: float
     slo_ms: float
     now_s: float
-    wall_clock_s: float
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,28 @@ class Statistics:
     _seconds: deque[_Second] = field(default_factory=lambda: deque(maxlen=WINDOW_S + 2))
 
     def ended(
-        self, pieces: Sequence[tuple[int, float]], answers: Sequence[Answered], *, cpu_ms: float, slo_ms: float
+        self,
+        pieces: Sequence[tuple[int, float]],
+        answers: Sequence[Answered],
+        *,
+        cpu_ms: float,
+        slo_ms: float,
+        now_s: float,
     ) -> None:
-        """Counts one run, (rows, milliseconds) of each piece that the runtime ran, and the answers that came of it."""
-        self._unfolded.append(_Ended(pieces, answers, cpu_ms, slo_ms, time.monotonic(), time.time()))
+        """Counts one run that ended at ``now_s`` of the monotonic clock: (rows, milliseconds) of each piece that the
+        runtime ran, and the answers that came of it."""
+        self._unfolded.append(_Ended(pieces, answers, cpu_ms, slo_ms, now_s))
         if len(self._unfolded) >= FOLD_EVERY:
             self.fold()
 
     def fold(self) -> None:
         """Counts what has ended so far: to be called before the counts are read."""
         with self.lock:
+            epoch_s = time.time() - time.monotonic()
             while self._unfolded:
-                self._count(self._unfolded.popleft())
+                ended = self._unfolded.popleft()
+                self._count(ended)
+                self.last_inference_ms = round((epoch_s + ended.now_s) * 1000)
 
     def _count(self, ended: _Ended) -> None:
         self.runs += len(ended.pieces)
@@ -98,7 +107,6 @@ class Statistics:
         for rows, service_ms in ended.pieces:
             self.inferences += rows
             self.batches[rows].add(service_ms)
-        self.last_inference_ms = round(ended.wall_clock_s * 1000)
         second = self._second(ended.now_s)
         second.answered += len(ended.answers)
         for answer in ended.answers:
