@@ -86,6 +86,9 @@ def rebuilt(*, variant: Variant) -> str:
         raise sandbox.Refused(f"{variant.name} was handed in, not derived")
     request = {"command": "compress", "pass": made["method"], "parameters": made["parameters"], "samples": 1}
     with sandbox.opened() as box:
+        sandbox.check_memory(
+            box.limits, variant.base.artifact.size_bytes, PASSES[made["pass"]].memory_factor, what=made["pass"]
+        )
         box.add(MODEL, artifacts.open_for_reading(made["base_digest"]))
         datasets.add_to(box, variant.application)
         measured = evaluation.measure(box, request)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.qoe_service.catalogue.tiny_models import (
     dense_model,
     pictures,
     weightless_model,
+    wide_model,
     write_data,
     write_model,
 )
@@ -133,6 +135,29 @@ def test_a_pass_that_cannot_help_says_so(
     assert job is not None
     assert (job.state, job.result) == (Job.State.REFUSED, None)
     assert reason in job.error
+
+
+@pytest.mark.parametrize("name", compression.PASSES)
+def test_a_pass_that_would_exceed_the_memory_of_the_sandbox_is_refused_beforehand_with_the_estimate(
+    name: str, application: Application, tmp_path: Path, settings: Settings
+) -> None:
+    settings.SANDBOX_MEMORY_BYTES = 128 * 2**20
+    job = compression.run(job_id=queued(stored(application, wide_model(), "wide", tmp_path), name).pk, clock=Clock())
+    assert job is not None
+    assert job.state == Job.State.REFUSED
+    assert re.match(rf"{name} would need about \d+ MiB of memory \(\d+ times the model", job.error)
+    assert "the sandbox has 128 MiB (SANDBOX_MEMORY_BYTES)" in job.error
+
+
+def test_a_rebuild_that_would_exceed_the_memory_is_refused_with_the_estimate_too(
+    application: Application, tmp_path: Path, settings: Settings
+) -> None:
+    job = compression.run(job_id=queued(stored(application, conv_model(), "conv", tmp_path)).pk, clock=Clock())
+    assert job is not None
+    assert job.result is not None
+    settings.SANDBOX_MEMORY_BYTES = 128 * 2**20
+    with pytest.raises(CommandError, match="static-int8 would need about 128 MiB of memory"):
+        call_command("rebuild_variant", "quarters", job.result.name)
 
 
 def test_a_pass_that_needs_data_says_so(tmp_path: Path) -> None:
