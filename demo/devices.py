@@ -45,7 +45,7 @@ DEVICES = (
     Device("tablet", "tablet", 0.4, "careful", {"digits": 10.0, "parity": 4.0}),
     Device("phone", "phone", 0.3, "easygoing", {"digits": 8.0}, frozenset({0})),
     Device("camera", "camera", 0.12, "careful", {"digits": 5.0}, frozenset({1})),
-    Device("sensor-hub", "sensor-hub", 0.02, "impatient", {"digits": 3.0}, frozenset({0})),
+    Device("sensor-hub", "sensor-hub", 0.035, "impatient", {"digits": 3.0}, frozenset({0})),
 )
 
 
