@@ -29,7 +29,10 @@ class Run:
     ends_s: float
 
     def serve(self, statistics: Statistics, observe: Observe) -> None:
-        """Answers every request, or fails it. ``observe`` hears rows and milliseconds of what the runtime ran."""
+        """Answers every request, or fails it. ``observe`` hears rows and milliseconds of each piece that was run.
+
+        These include their shares of joining and parting: a run that is just in time without would be late with them.
+        """
         self._serve(self.requests, statistics, observe)
 
     def fail(self, error: RunFailed, statistics: Statistics) -> int:
@@ -43,12 +46,15 @@ class Run:
     def _serve(self, requests: Sequence[Waiting], statistics: Statistics, observe: Observe) -> None:
         served, started_s = self.served, time.monotonic()
         try:
-            outputs, pieces, cpu_ms = self._executed(requests, observe)
+            outputs, pieces, cpu_ms = self._executed(requests)
         except RunFailed as error:
             self._recover(requests, error, statistics, observe)
             return
         finished_s = time.monotonic()
         rows, service_ms = sum([size for size, _ in pieces]), sum([took_ms for _, took_ms in pieces])
+        whole_ms = (finished_s - started_s) * 1000
+        for size, took_ms in pieces:
+            observe(self, size, took_ms * whole_ms / service_ms if service_ms else whole_ms)
         answers = [
             Answered(
                 latency_ms=(finished_s - waiting.arrived_s) * 1000,
@@ -65,14 +71,13 @@ class Run:
             waiting.end(Answer(outputs=own, served=served, cost=answered))
 
     def _executed(
-        self, requests: Sequence[Waiting], observe: Observe
+        self, requests: Sequence[Waiting]
     ) -> tuple[Sequence[dict[str, Array]], list[tuple[int, float]], float]:
         """Outputs of each request, (rows, milliseconds) of each piece that was run, and their CPU time."""
         session, first = self.served.session, requests[0]
         max_batch = self.served.configuration.max_batch
         if len(requests) == 1 and (first.rows <= max_batch or not session.is_batchable):
             outputs, cost = session.run(first.inputs)
-            observe(self, first.rows, cost.service_ms)
             return [outputs], [(first.rows, cost.service_ms)], cost.cpu_ms
         sizes = [waiting.rows for waiting in requests]
         joined = join([waiting.inputs for waiting in requests])
@@ -80,7 +85,6 @@ class Run:
         for inputs in chunks(joined, rows=sum(sizes), max_batch=max_batch):
             outputs, cost = session.run(inputs)
             pieces.append((rows_of(inputs), cost.service_ms))
-            observe(self, *pieces[-1])
             collected.append(outputs)
             cpu_ms += cost.cpu_ms
         whole = collected[0] if len(collected) == 1 else _concatenated(collected)

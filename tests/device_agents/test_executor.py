@@ -18,6 +18,7 @@ from device_agents.batching import chunks, join, part, share_of_queue
 from device_agents.errors import BadRequest, Overloaded, RunFailed
 from device_agents.executor import Executor
 from device_agents.runtime import EmulatedQuota, Session
+from device_agents.scheduling import PlainScheduler
 from device_agents.served import Answer
 from device_agents.wire import ServingConfiguration
 from tests.device_agents.models import adding, dense, picky, scaling
@@ -52,6 +53,32 @@ def blocked(executor: Executor, seconds: float = 0.3, *, request: dict[str, np.n
 
 def assert_opened(gate: threading.Event) -> None:
     assert gate.wait(5)
+
+
+class Listening(PlainScheduler):
+    """Keeps what it is told of runs, as (rows, ms)."""
+
+    def __init__(self, configuration: ServingConfiguration) -> None:
+        super().__init__(configuration, runs_at_once=1)
+        self.heard: list[tuple[int, float]] = []
+
+    def observed(self, *, rows: int, service_ms: float, concurrency: float) -> None:
+        self.heard.append((rows, service_ms))
+        super().observed(rows=rows, service_ms=service_ms, concurrency=concurrency)
+
+
+def test_what_is_learnt_of_a_run_includes_joining_and_parting_of_its_requests(
+    executor: Executor, tmp_path: Path
+) -> None:
+    model = served(scaling(2), tmp_path, max_batch=1000)
+    scheduler = Listening(model.configuration)
+    executor.swap(model, scheduler=scheduler)
+    blocked(executor)
+    answers = [future.result(5) for future in ask_many(executor, 4, size=250)]
+    assert {answer.cost.batch_rows for answer in answers} == {1000}
+    rows_run, heard_ms = scheduler.heard[-1]
+    assert rows_run == 1000
+    assert heard_ms > answers[0].cost.service_ms
 
 
 def test_requests_that_wait_are_joined_up_to_the_largest_batch_and_answered_each_with_its_own(
