@@ -177,7 +177,7 @@ def _one_thread_session() -> onnxruntime.InferenceSession:
 class Samples(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
     """Hands calibration inputs over in small batches."""
 
-    def __init__(self, inputs: Any, name: str, batch: int = 32) -> None:
+    def __init__(self, inputs: Any, name: str, batch: int = 8) -> None:
         self._batches = ({name: inputs[start : start + batch]} for start in range(0, len(inputs), batch))
 
     def get_next(self) -> dict[str, Any] | None:
