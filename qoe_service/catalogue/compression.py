@@ -99,12 +99,15 @@ def rebuilt(*, variant: Variant) -> str:
 
 
 def refine_accuracy(*, job: Job, watch: sandbox.Watch) -> Variant:
-    """Measure a variant on all held-out data. Raises sandbox.Refused or sandbox.Cancelled."""
+    """Measure a variant on all held-out data that it was not measured on before. Raises sandbox.Refused or
+    sandbox.Cancelled."""
+    is_same_data = job.parameters["dataset"] == job.application.dataset_id
+    seen = job.parameters.get("seen") if is_same_data else None
     with sandbox.opened() as box:
         box.add(MODEL, artifacts.open_for_reading(job.base.artifact_id))
         datasets.add_to(box, job.application)
         evaluation.add_reference(box, job.application)
-        measured = evaluation.measure(box, {"command": "measure", "samples": None}, watch=watch)
+        measured = evaluation.measure(box, {"command": "measure", "samples": None, "seen": seen}, watch=watch)
     evaluation.record(job.base, measured)
     return job.base
 

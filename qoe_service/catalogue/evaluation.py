@@ -54,6 +54,10 @@ class Score(BaseModel):
     available: int = Field(gt=0)
     isa: Annotated[str, Field(max_length=100)]
 
+    def as_seen(self) -> dict[str, Any]:
+        """What a later look at the rest needs to go on from here; nothing where answers were not counted."""
+        return {} if self.correct is None else self.model_dump(include={"samples", "correct", "isa"})
+
     def interval(self) -> tuple[float, float, float]:
         """The value and its 95 % interval."""
         if self.correct is None:

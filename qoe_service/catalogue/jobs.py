@@ -59,8 +59,8 @@ def queue_chains(*, base: Variant, chains: Iterable[Sequence[CompressionPass]], 
 
 def queue_accuracy(*, variant: Variant, measured: Measured, now: datetime) -> None:
     """Ask for the accuracy on all held-out data, where only a part was looked at so far."""
-    if measured.is_first_look:
-        parameters = {"dataset": variant.application.dataset_id}
+    if measured.score is not None and measured.is_first_look:
+        parameters = {"dataset": variant.application.dataset_id, "seen": measured.score.as_seen()}
         queue(base=variant, compression_pass=ACCURACY, parameters=parameters, now=now)
 
 

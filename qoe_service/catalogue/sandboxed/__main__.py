@@ -77,6 +77,7 @@ def measured(path: Path, request: dict[str, Any], tell: Callable[[float], None])
     if data is not None:
         reference = REFERENCE if REFERENCE.exists() else None
         extent = {"at_most": request["samples"], "patience_s": request.get("patience_s", 0.0)}
+        extent["seen"] = request.get("seen")
         score = evaluation.score(path, facts, data, tell=tell, reference=reference, **extent)
     try:
         found, reason = cuts.find(path, _sample(path, data)), ""

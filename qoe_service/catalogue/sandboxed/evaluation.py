@@ -29,29 +29,34 @@ def score(
     *,
     at_most: int | None = None,
     patience_s: float = 0.0,
+    seen: dict[str, Any] | None = None,
     tell: Tell = tell_nobody,
     reference: Path | None = None,
 ) -> dict[str, Any]:
     """How good the model is on held-out samples: ``at_most`` spread evenly, and the rest too where that seems to take
-    no more than ``patience_s`` of CPU time.
+    no more than ``patience_s`` of CPU time. ``seen`` is what such a look counted before, with these instruction sets or
+    not; those samples are not looked at again.
 
     ``kind`` says by what: ``top-1``, ``regression`` (share of the targets' variance explained), or ``agreement`` with
     ``reference``, the base model, where there are no labels.
     """
     check_fit(facts, data)
     available = len(data.heldout_inputs)
-    chosen = np.arange(available) if at_most is None else np.unique(np.linspace(0, available - 1, at_most).astype(int))
+    before = seen if seen and seen["isa"] == instruction_sets() else {"samples": 0, "correct": 0}
+    chosen = np.arange(available) if at_most is None else _spread(available, at_most)
+    chosen = np.setdiff1d(chosen, _spread(available, before["samples"]))
     kind = "agreement" if data.heldout_labels is None else "regression" if data.is_regression else "top-1"
     chosen, answers = _seen(path, facts, data, chosen, tell, strict=kind == "top-1", patience_s=patience_s)
     if data.heldout_labels is not None:
         expected = data.heldout_labels[chosen]
     if kind == "agreement":
         expected = answers if reference is None else _answers(reference, facts, data, chosen, tell, strict=False)
-    found = {"kind": kind, "samples": len(chosen), "available": available, "isa": instruction_sets()}
+    samples = len(chosen) + before["samples"]
+    found = {"kind": kind, "samples": samples, "available": available, "isa": instruction_sets()}
     if kind == "top-1":
-        return {**found, "correct": int((answers.argmax(axis=1) == expected).sum())}
+        return {**found, "correct": before["correct"] + int((answers.argmax(axis=1) == expected).sum())}
     if kind == "agreement" and answers.ndim == 2 and answers.shape[1] > 1:
-        return {**found, "correct": int((answers.argmax(axis=1) == expected.argmax(axis=1)).sum())}
+        return {**found, "correct": before["correct"] + int((answers.argmax(axis=1) == expected.argmax(axis=1)).sum())}
     return {**found, **explained(answers.reshape(len(answers), -1), expected.reshape(len(expected), -1))}
 
 
@@ -83,6 +88,10 @@ def check_fit(facts: dict[str, Any], data: Dataset) -> None:
     )
     if not fits:
         raise Refusal(f"its input takes {dtype} {wanted['shape']}, but the data set holds {given[0]} [n, {given[1:]}]")
+
+
+def _spread(available: int, count: int) -> NDArray[np.int64]:
+    return np.unique(np.linspace(0, available - 1, count).astype(np.int64))
 
 
 def _share(lost: Any, spread: Any) -> Any:

@@ -288,6 +288,25 @@ def test_accuracy_is_measured_on_all_samples_at_once_where_that_takes_seconds(tm
     assert not Job.objects.exists()
 
 
+@pytest.mark.parametrize(("changed", "correct"), [({}, 700), ({"isa": "another"}, 1000)])
+def test_samples_that_were_looked_at_first_with_the_same_instruction_sets_are_not_looked_at_again(
+    changed: dict[str, str], correct: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "PATIENCE_S", 0.0)
+    inputs, labels = pictures(1000, seed=4)
+    path = write_data(tmp_path / "data.npz", heldout_inputs=inputs, heldout_labels=labels)
+    application = make_application("quarters", dataset=artifacts.store(path, now=NOW))
+    model = write_model(tmp_path / "dense.onnx", dense_model())
+    imports.import_model(application=application, path=model, name="dense", now=NOW)
+    job = Job.objects.get()
+    job.parameters["seen"] |= {"correct": 0, **changed}
+    job.save()
+    ended = compression.run(job_id=job.pk, clock=Clock())
+    assert ended is not None
+    assert ended.result is not None
+    assert (ended.result.accuracy_samples, ended.result.accuracy) == (1000, correct / 1000)
+
+
 def test_accuracy_is_first_measured_on_a_part_and_refined_when_nothing_else_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
