@@ -95,7 +95,7 @@ def _counters(executor: Executor) -> list[tuple[str, str, float]]:
             ("qoe_slo_late_total", labels, statistics.late),
             ("qoe_slo_shed_total", labels, statistics.shed_requests),
         ]
-        for reason in ("REJECTED", "BACKEND"):
+        for reason in ("REJECTED", "BACKEND", "OTHER"):
             failed = f'{labels[:-1]},reason="{reason}"}}'
             rows.append(("nv_inference_request_failure", failed, statistics.failures[reason]))
         for size, duration in sorted(statistics.batches.items()):

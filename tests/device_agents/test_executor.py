@@ -17,6 +17,7 @@ import pytest
 from device_agents.batching import chunks, join, part, share_of_queue
 from device_agents.errors import BadRequest, Overloaded, RunFailed
 from device_agents.executor import Executor
+from device_agents.metrics import prometheus_text
 from device_agents.runtime import EmulatedQuota, Session
 from device_agents.scheduling import PlainScheduler
 from device_agents.served import Answer
@@ -219,6 +220,7 @@ def test_a_request_that_the_new_model_cannot_take_fails_and_says_why(executor: E
     assert fitting.result(5).outputs["y"][0, 0] == 3
     with pytest.raises(BadRequest, match="changed while this request waited"):
         misfit.result(5)
+    assert 'nv_inference_request_failure{model="digits",version="1",reason="OTHER"} 1' in prometheus_text([executor])
 
 
 def test_a_caller_survives_whatever_a_run_raises(executor: Executor, tmp_path: Path) -> None:
