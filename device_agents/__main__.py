@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = _config(options)
         _log_to_stderr(config)
         return int(options.command(config, options))
-    except AgentError as error:
+    except (AgentError, OSError) as error:
         _say(f"qoe-agent: {error}", to_error=True)
         return 1
     except KeyboardInterrupt:

@@ -76,9 +76,15 @@ class Membership:
 
     def has_new_credential(self, error: AgentError) -> bool:
         """Whether the owner replaced a credential that the service no longer takes; it is used from now on."""
-        known, kept = self.identity, self._store.identity()
-        is_refused = isinstance(error, ServiceRefused) and error.http_status == 401
-        if not is_refused or known is None or kept is None or kept.credential == known.credential:
+        known = self.identity
+        if known is None or not isinstance(error, ServiceRefused) or error.http_status != 401:
+            return False
+        try:
+            kept = self._store.identity()
+        except BadConfiguration as unreadable:
+            logger.error("no other credential reason=%r", unreadable.reason)
+            return False
+        if kept is None or kept.credential == known.credential:
             return False
         self._client.identity = known.model_copy(update={"credential": kept.credential})
         logger.info("goes on with the credential that was put into the state folder")

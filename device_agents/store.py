@@ -128,7 +128,7 @@ class Store:
     # -- small documents ---------------------------------------------------------------------------------------
 
     def identity(self) -> Identity | None:
-        """Who this device is, or None before enrolment."""
+        """Who this device is, or None before enrolment. Raises BadConfiguration where the file cannot be read."""
         return self._read(self.folder / "identity.json", Identity)
 
     def secure_identity(self) -> None:
@@ -212,6 +212,8 @@ class Store:
             return kind.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise BadConfiguration(f"cannot read {path}: {error.strerror}") from error
         except ValidationError:
             # Writes are atomic, so this is damage from outside: keep it for its owner, go on without it.
             logger.exception("unreadable file=%s kept as .damaged", path)
@@ -332,6 +334,10 @@ def _replace(path: Path, content: bytes) -> None:
     beside = path.with_suffix(".new")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
+        if os.geteuid() == 0:  # an owner's ``sudo`` must not lock out the agent, which runs as who owns the folder
+            folder = path.parent.stat()
+            with suppress(PermissionError):  # a root of a container that may not
+                os.fchown(descriptor, folder.st_uid, folder.st_gid)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

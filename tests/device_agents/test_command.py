@@ -69,6 +69,7 @@ def test_profile_can_be_read_by_a_person(model_file: Path, capsys: pytest.Captur
         (["run", "--service-url", "http://127.0.0.1:9"], "--token"),
         (["run", "--port", "99999"], "port"),
         (["status", "--config", "nowhere.toml"], "nowhere.toml"),
+        (["status", "--state-dir", "x" * 300], "File name too long"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,3 +125,17 @@ def test_a_credential_that_others_can_read_is_taken_away_from_them(store: Store)
     (store.folder / "identity.json").chmod(0o644)
     store.secure_identity()
     assert stat.S_IMODE((store.folder / "identity.json").stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes into the folder of somebody else")
+def test_what_root_writes_belongs_to_whom_the_folder_belongs(store: Store) -> None:
+    os.chown(store.folder, 65534, 65533)
+    store.save_identity(IDENTITY)
+    found = (store.folder / "identity.json").stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (65534, 65533, 0o600)
+
+
+def test_a_file_that_cannot_be_read_is_named(store: Store) -> None:
+    (store.folder / "identity.json").mkdir()
+    with pytest.raises(BadConfiguration, match=r"identity\.json: Is a directory"):
+        store.identity()

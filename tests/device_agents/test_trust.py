@@ -8,7 +8,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from device_agents.agent import Agent
-from device_agents.errors import KeysRefused
+from device_agents.errors import KeysRefused, ServiceRefused
+from device_agents.membership import Membership
 from device_agents.trust import open_keys
 from device_agents.wire import KeySet, SignedKeySet, TrustedKey
 from tests.device_agents.conftest import MakeAgent
@@ -109,3 +110,11 @@ def test_a_credential_that_the_owner_replaced_is_taken_up_when_the_old_one_is_re
     with service.told:
         assert service.told.wait_for(lambda: len(service.check_ins) > told, 10)
     assert service.requests[-1].headers["Authorization"] == "Bearer the-new-one"
+
+
+def test_an_unreadable_credential_is_no_new_one_and_ends_nothing(agent: Agent) -> None:
+    refused = ServiceRefused("revoked", http_status=401)
+    path = agent.store.folder / "identity.json"
+    path.unlink()
+    path.mkdir()
+    assert not Membership(agent.config, agent.store, agent.client).has_new_credential(refused)
