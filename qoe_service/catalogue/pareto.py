@@ -113,13 +113,19 @@ def _dominates(one: Point, other: Point) -> bool:
     """At least as good in everything and better in something; speeds that differ by chance alone count as the same."""
     if one.accuracy < other.accuracy or _is_slower(one, other) or one.size_bytes > other.size_bytes:
         return False
-    if one.cpu_ms is not None and other.cpu_ms is not None and one.cpu_ms > other.cpu_ms * (1 + SAME_SPEED):
+    if _is_costlier(one, other):
         return False
-    return one.accuracy > other.accuracy or one.size_bytes < other.size_bytes or _is_slower(other, one)
+    is_leaner = one.size_bytes < other.size_bytes or _is_costlier(other, one)
+    return one.accuracy > other.accuracy or is_leaner or _is_slower(other, one)
 
 
 def _is_slower(one: Point, other: Point) -> bool:
     return one.latency_ms > other.latency_ms * (1 + SAME_SPEED)
+
+
+def _is_costlier(one: Point, other: Point) -> bool:
+    """Whether it takes more CPU time, which stands for energy; unknown counts as no."""
+    return one.cpu_ms is not None and other.cpu_ms is not None and one.cpu_ms > other.cpu_ms * (1 + SAME_SPEED)
 
 
 def _losses(point: Point, best: Point) -> str:
@@ -128,6 +134,8 @@ def _losses(point: Point, best: Point) -> str:
         parts.append(f"{point.latency_ms / best.latency_ms:.1f} times slower")
     if point.size_bytes > best.size_bytes:
         parts.append(f"{point.size_bytes / best.size_bytes:.1f} times larger")
+    if point.cpu_ms and best.cpu_ms and _is_costlier(point, best):
+        parts.append(f"{point.cpu_ms / best.cpu_ms:.1f} times costlier in CPU time")
     return " and ".join(parts) or "no faster or smaller"
 
 

@@ -57,6 +57,17 @@ def test_energy_counts_where_both_have_it(cpu_ms: float | None, stays: bool) -> 
     assert pareto.front([first, slower])[1].is_on_front is stays
 
 
+def test_what_takes_more_energy_and_is_no_better_otherwise_is_dominated_and_says_so() -> None:
+    costly = point("costly", cpu_ms=0.10)
+    standings = pareto.front([replace(BASE, cpu_ms=0.05), costly])
+    assert [each.is_on_front for each in standings] == [True, False]
+    assert standings[1].reason == "no more accurate and 2.0 times costlier in CPU time than base"
+    smaller = point("smaller", size_bytes=10_000, cpu_ms=0.02)
+    assert pareto.front([smaller, costly])[1].reason == (
+        "no more accurate and 5.0 times larger and 5.0 times costlier in CPU time than smaller"
+    )
+
+
 @pytest.mark.django_db
 def test_each_class_of_devices_has_its_own_front_of_what_was_measured_there() -> None:
     application = make_application()
