@@ -112,10 +112,13 @@ class Measured(BaseModel):
         }
 
 
-def add_reference(box: Sandbox, application: Application, root: Variant | None = None) -> None:
-    """Where accuracy means agreement, put the model to agree with into a sandbox: the application's first."""
-    first = root or Variant.objects.filter(application=application, base=None).order_by("pk").first()
-    if first is not None and first.details.get("accuracy", {}).get("kind") == "agreement":
+def add_reference(box: Sandbox, application: Application) -> None:
+    """Put the model to agree with into a sandbox, the application's first: whether the data has labels is known there.
+
+    What was found of that model tells nothing: it may have been measured on other data.
+    """
+    first = Variant.objects.filter(application=application, base=None).order_by("pk").first()
+    if first is not None:
         box.add(REFERENCE, artifacts.open_for_reading(first.artifact_id))
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 
-from qoe_service.catalogue import artifacts, compression, imports, jobs
+from qoe_service.catalogue import artifacts, compression, imports, jobs, retirement
+from qoe_service.catalogue import datasets as application_data
 from qoe_service.catalogue.evaluation import wilson_interval
 from qoe_service.catalogue.models import Variant
 from qoe_service.catalogue.sandboxed import checks, datasets, evaluation
@@ -69,3 +71,27 @@ def test_without_labels_a_variant_is_judged_by_its_agreement_with_the_base(tmp_p
     assert derived.details["accuracy"]["kind"] == "agreement"
     assert derived.accuracy is not None
     assert 0.95 < derived.accuracy <= 1.0
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("quick_profiler")
+def test_new_data_without_labels_asks_for_agreement_with_a_base_that_is_measured_no_more(tmp_path: Path) -> None:
+    with_labels, without = (
+        artifacts.store(write_data(tmp_path / f"{number}.npz", **replaced), now=NOW)
+        for number, replaced in enumerate(({}, {"heldout_labels": None}))
+    )
+    application = make_application("quarters", dataset=with_labels)
+    turned = dense_model()
+    weights = next(each for each in turned.graph.initializer if each.name == "weights")
+    weights.CopyFrom(numpy_helper.from_array(np.roll(numpy_helper.to_array(weights), 1, axis=1), "weights"))
+    for name, content in (("dense", dense_model()), ("turned", turned)):
+        path = write_model(tmp_path / f"{name}.onnx", content)
+        imports.import_model(application=application, path=path, name=name, now=NOW)
+    assert [each.accuracy for each in Variant.objects.order_by("pk")] == [1.0, 0.0]
+    retirement.retire(variant=Variant.objects.get(name="dense"), actor="ada", now=NOW)
+    application_data.replace(application=application, dataset=without)
+    jobs.queue_all_accuracies(application=application, now=NOW)
+    ended = compression.run(job_id=jobs.runnable(now=NOW)[0], clock=lambda: NOW)
+    assert ended is not None
+    assert ended.result is not None
+    assert (ended.result.accuracy, ended.result.details["accuracy"]["kind"]) == (0.0, "agreement")

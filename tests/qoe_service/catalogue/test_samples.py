@@ -81,8 +81,7 @@ def test_targets_are_sent_with_their_samples(tmp_path: Path) -> None:
 
 
 def test_without_labels_the_base_models_answers_are_right(tmp_path: Path) -> None:
-    variant = prepared(tmp_path, heldout_labels=None)
-    Variant.objects.filter(pk=variant.pk).update(details={"accuracy": {"kind": "agreement"}})
+    prepared(tmp_path, heldout_labels=None)
     application = made()
     found = arrays(application)
     assert (application.samples_kind, found["expected"].shape) == ("agreement", (200, 4))
@@ -90,12 +89,14 @@ def test_without_labels_the_base_models_answers_are_right(tmp_path: Path) -> Non
     assert (found["expected"].argmax(axis=1) == labels).all()
 
 
-def test_without_labels_and_base_model_there_is_nothing_to_measure_by(tmp_path: Path) -> None:
-    prepared(tmp_path, heldout_labels=None)
+def test_a_base_model_that_does_not_take_the_data_is_nothing_to_measure_by(tmp_path: Path) -> None:
+    small = np.zeros((20, 1, 4, 4), dtype=np.uint8)
+    prepared(tmp_path, calibration_inputs=small, heldout_inputs=small, heldout_labels=None)
     samples.queue_missing(applications=["quarters"], now=NOW)
     job = compression.run(job_id=Job.objects.get().pk, clock=lambda: NOW)
     assert job is not None
-    assert (job.state, job.error) == (Job.State.REFUSED, "there are no labels, and no base model to agree with")
+    assert job.state == Job.State.REFUSED
+    assert "its input takes uint8" in job.error
     samples.queue_missing(applications=["quarters"], now=NOW)
     assert Job.objects.get().state == Job.State.REFUSED, "a refusal is no reason to ask for ever"
 
