@@ -132,10 +132,10 @@ def _losses(point: Point, best: Point) -> str:
     parts = []
     if _is_slower(point, best):
         parts.append(f"{point.latency_ms / best.latency_ms:.1f} times slower")
+    elif point.cpu_ms and best.cpu_ms and _is_costlier(point, best):  # one that is slower mostly is both
+        parts.append(f"{point.cpu_ms / best.cpu_ms:.1f} times costlier in CPU time")
     if point.size_bytes > best.size_bytes:
         parts.append(f"{point.size_bytes / best.size_bytes:.1f} times larger")
-    if point.cpu_ms and best.cpu_ms and _is_costlier(point, best):
-        parts.append(f"{point.cpu_ms / best.cpu_ms:.1f} times costlier in CPU time")
     return " and ".join(parts) or "no faster or smaller"
 
 

@@ -64,7 +64,7 @@ def test_what_takes_more_energy_and_is_no_better_otherwise_is_dominated_and_says
     assert standings[1].reason == "no more accurate and 2.0 times costlier in CPU time than base"
     smaller = point("smaller", size_bytes=10_000, cpu_ms=0.02)
     assert pareto.front([smaller, costly])[1].reason == (
-        "no more accurate and 5.0 times larger and 5.0 times costlier in CPU time than smaller"
+        "no more accurate and 5.0 times costlier in CPU time and 5.0 times larger than smaller"
     )
 
 
