@@ -105,6 +105,10 @@ def rank(
     """
     name("decision_id", decision_id)
     check_context(context)
+    if not isinstance(bans, Mapping):
+        raise InvalidInput("bans", "must map action keys or digests to reasons")
+    if not isinstance(best_fixed, str | None):
+        raise InvalidInput("best_fixed", "must be an action key or None")
     table = action_table(actions)
     scored = _score(
         context,

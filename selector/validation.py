@@ -87,7 +87,7 @@ def _check_names(context: Context) -> None:
     for field in ("incumbent", "baseline"):
         if not isinstance(getattr(context, field), str | None):
             raise InvalidInput(f"context.{field}", "must be an action key or None")
-    for field in ("cached_digests", "supported_operators"):
+    for field in ("cached_digests", "supported_operators", "unmeasured_digests"):
         if not isinstance(getattr(context, field), frozenset | set):
             raise InvalidInput(f"context.{field}", "must be a set")
     if not isinstance(context.features, Mapping):

@@ -62,6 +62,7 @@ CONTEXT: dict[str, st.SearchStrategy[Any]] = {
     "baseline": st.sampled_from([7, b"key"]),
     "cached_digests": st.sampled_from([None, "ab", ["ab"]]),
     "supported_operators": st.sampled_from([None, "Conv", ["Conv"]]),
+    "unmeasured_digests": st.sampled_from([None, "ab", ["ab"], 7]),
 }
 # A prediction is ours, so a truth value in it counts as the number that it is.
 SPOILT: st.SearchStrategy[Any] = NOT_FINITE | NO_DOUBLE | BELOW_ZERO | st.sampled_from([None, "", "1", []])
@@ -72,7 +73,14 @@ PREDICTION: dict[str, st.SearchStrategy[Any]] = {
     "p50_ms": SPOILT | HUGE,
     "p95_ms": SPOILT | HUGE,
     "cpu_ms_per_request": SPOILT | HUGE,
+    "log_sd": SPOILT | HUGE,
+    "service_ms": SPOILT | HUGE,
+    "batch": SPOILT | HUGE,
     "raw_a_ms": SPOILT | HUGE,
+    "raw_b_ms": SPOILT | HUGE,
+    "raw_cpu_ms": SPOILT | HUGE,
+    "bonus": NOT_FINITE | HUGE | st.none(),
+    "held_back": SPOILT | HUGE | st.floats(0, 0.999),
 }
 MEASUREMENT: dict[str, st.SearchStrategy[Any]] = {
     "requests": NO_AMOUNT,
@@ -81,7 +89,13 @@ MEASUREMENT: dict[str, st.SearchStrategy[Any]] = {
     "download_bytes": NO_AMOUNT,
     "slo_hit_share": NOT_FINITE | BELOW_ZERO | ABOVE_ONE,
     "rating": NOT_FINITE | BELOW_ZERO | ABOVE_ONE,
+    "ratings": NO_AMOUNT,
+    "accuracy": NOT_FINITE | BELOW_ZERO | ABOVE_ONE,
+    "p50_ms": NOT_FINITE | BELOW_ZERO | HUGE,
     "p95_ms": NOT_FINITE | BELOW_ZERO | HUGE,
+    "service_ms": NOT_FINITE | BELOW_ZERO | HUGE,
+    "batch_mean": NOT_FINITE | BELOW_ZERO | HUGE,
+    "cpu_ms_per_request": NOT_FINITE | BELOW_ZERO | HUGE,
 }
 NO_BOUND = NO_NUMBER | st.integers(max_value=0) | st.sampled_from([0.0, 1.5, 4.0, -2.5, 10**7])
 CONFIGURATION: dict[str, st.SearchStrategy[Any]] = {
@@ -232,6 +246,9 @@ BAD_EXPLORATION: dict[str, st.SearchStrategy[Any]] = {
     "epsilon": NO_SHARE,
     "holdout": NO_SHARE,
     "slo_violation_limit": NO_SHARE,
+    "budget": NO_SHARE,
+    "risk_aversion": NO_SHARE,
+    "horizon": NO_AMOUNT,
     "shortlist_size": st.integers(max_value=0) | st.integers(min_value=1001) | st.just(2.5) | NO_NUMBER,
 }
 

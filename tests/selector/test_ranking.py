@@ -244,6 +244,12 @@ def test_bad_actions_and_profiles_are_refused(bad: dict[str, Any]) -> None:
         ranked(**bad)
 
 
+@pytest.mark.parametrize("bad", [{"bans": {action(0).key}}, {"bans": None}, {"best_fixed": [action(0).key]}])
+def test_bans_without_reasons_and_a_best_fixed_action_without_a_name_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match=next(iter(bad))):
+        ranked(**bad)
+
+
 @pytest.mark.parametrize(
     "bad",
     [
