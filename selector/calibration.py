@@ -92,6 +92,8 @@ class Calibration:
     @classmethod
     def from_rows(cls, rows: Mapping[str, Mapping[str, Any]]) -> Calibration:
         """The calibration that ``rows`` wrote; raises InvalidInput naming what is not a row."""
+        if not isinstance(rows, Mapping):
+            raise InvalidInput("rows", "must map scopes to rows")
         calibration = cls()
         for scope, row in rows.items():
             calibration._rows[scope] = _checked_row(scope, row)

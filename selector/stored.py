@@ -41,6 +41,8 @@ class Stored:
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Raises CorruptPolicy for anything but the bytes that ``to_bytes`` of this kind wrote."""
+        if not isinstance(data, bytes):
+            raise CorruptPolicy(f"must be bytes, is {type(data).__name__}")
         digest, _, body = data.partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != digest:
             raise CorruptPolicy(f"{cls.kind} policy does not match its digest")

@@ -259,6 +259,12 @@ def test_damaged_rows_are_refused(rows: Mapping[str, Any]) -> None:
         Calibration.from_rows(rows)
 
 
+@pytest.mark.parametrize("rows", [None, [], "fleet", 3])
+def test_what_are_no_rows_is_refused(rows: Any) -> None:
+    with pytest.raises(InvalidInput, match="rows"):
+        Calibration.from_rows(rows)
+
+
 def test_the_most_that_rows_may_hold_still_predicts_and_learns() -> None:
     names = ("overall:own", "precision:own:fp32", *(f"variant:own:{each.variant.digest[:12]}" for each in ACTIONS))
     names += ("batch:1", "batch:4", "callers:1", "callers:2", "threads:1")

@@ -175,6 +175,12 @@ def test_damaged_bytes_are_refused(cut: float, flip: int, which: str, truncate: 
         type(policy).from_bytes(damaged)
 
 
+@pytest.mark.parametrize("data", [None, "text", 7, b"", b"\n", b"\n{}"])
+def test_what_are_no_bytes_of_a_policy_are_refused(make: Callable[[], Policy], data: Any) -> None:
+    with pytest.raises(CorruptPolicy):
+        type(make()).from_bytes(data)
+
+
 def test_bytes_of_another_policy_are_refused(make: Callable[[], Policy]) -> None:
     for other in MAKERS.values():
         if type(other()) is not type(make()):
