@@ -262,14 +262,20 @@ def _check_bounds(low: float, high: float) -> None:
 
 def _groups(field: str, names: Sequence[str], count: int) -> NDArray[np.intp]:
     """Which group each decision belongs to, shape (count,), numbered from 0."""
-    groups = np.unique(np.asarray(names), return_inverse=True)[1]
+    try:
+        groups = np.unique(np.asarray(names), return_inverse=True)[1]
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(field, "must be names of one kind") from error
     if groups.shape != (count,):
-        raise InvalidInput(field, f"has {len(names)} entries for {count} decisions")
+        raise InvalidInput(field, f"has the shape {groups.shape} for {count} decisions")
     return groups
 
 
 def _matrix(field: str, values: ArrayLike, rows: int) -> Floats:
-    matrix = np.asarray(values, dtype=np.float64)
+    try:
+        matrix = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInput(field, "must be numbers in rows of one length") from error
     if matrix.ndim != 2 or matrix.shape[0] != rows or matrix.shape[1] == 0:
         raise InvalidInput(field, f"must have the shape ({rows}, columns), has {matrix.shape}")
     if not np.isfinite(matrix).all():

@@ -42,8 +42,8 @@ def as_record(value: Storable) -> Record:
 
 
 def variant_from_record(record: Mapping[str, Any]) -> Variant:
-    """Raises InvalidInput naming a missing field, like all of these."""
-    return Variant(**{**_known(Variant, record), "operators": frozenset(record.get("operators", ()))})
+    """Raises InvalidInput naming a field that is missing or holds no list where one belongs, like all of these."""
+    return Variant(**{**_known(Variant, record), "operators": _names("variant.operators", record.get("operators", ()))})
 
 
 def configuration_from_record(record: Mapping[str, Any]) -> Configuration:
@@ -66,8 +66,11 @@ def context_from_record(record: Mapping[str, Any]) -> Context:
     """The context that ``as_record`` wrote."""
     known = _known(Context, record)
     for name in ("cached_digests", "supported_operators", "unmeasured_digests"):
-        known[name] = frozenset(record.get(name, ()))
-    return Context(**{**known, "features": dict(record.get("features", {}))})
+        known[name] = _names(f"context.{name}", record.get(name, ()))
+    features = record.get("features", {})
+    if not isinstance(features, Mapping):
+        raise InvalidInput("context.features", "must be a mapping")
+    return Context(**{**known, "features": dict(features)})
 
 
 def prediction_from_record(record: Mapping[str, Any]) -> Prediction:
@@ -187,6 +190,12 @@ _REQUIRED = {
 
 def _field_names(kind: type[Any]) -> tuple[str, ...]:
     return _NAMES[kind.__name__]
+
+
+def _names(field: str, value: object) -> frozenset[str]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(each, str) for each in value):
+        raise InvalidInput(field, "must be a list of strings")
+    return frozenset(value)
 
 
 def _known(kind: type[Any], record: Mapping[str, Any]) -> dict[str, Any]:

@@ -365,8 +365,12 @@ def test_off_policy_sequences_refuse_what_makes_no_sense(bad: dict[str, Any]) ->
     [
         {"features": np.ones((3, 1))},
         {"features": np.full((4, 1), math.inf)},
+        {"features": [["a"], ["b"], ["c"], ["d"]]},
+        {"features": [[1.0], [1.0, 2.0], [1.0], [1.0]]},
         {"target_features": np.ones((4, 2))},
         {"clusters": ["a", "b"]},
+        {"clusters": [["a"], ["a", "b"], ["c"], ["d"]]},
+        {"clusters": 3},
         {"folds": 1},
         {"folds": 2.5},
         {"folds": 5},

@@ -95,5 +95,28 @@ def test_damaged_candidates_are_refused(damage: dict[str, Any]) -> None:
         records.interaction_from_record({**record, "candidates": {**record["candidates"], **damage}})
 
 
+@pytest.mark.parametrize(
+    ("part", "damage"),
+    [
+        ("context", {"features": None}),
+        ("context", {"features": 3}),
+        ("context", {"cached_digests": None}),
+        ("context", {"cached_digests": "ab"}),
+        ("context", {"supported_operators": [["Conv"]]}),
+        ("context", {"unmeasured_digests": 7}),
+    ],
+)
+def test_a_field_of_another_kind_is_named(part: str, damage: dict[str, Any]) -> None:
+    record = through_json(interaction())
+    with pytest.raises(InvalidInput, match=next(iter(damage))):
+        records.interaction_from_record({**record, part: {**record[part], **damage}})
+
+
+def test_a_variant_whose_operators_are_no_list_is_refused_by_name() -> None:
+    record = through_json(action())
+    with pytest.raises(InvalidInput, match="operators"):
+        records.action_from_record({**record, "variant": {**record["variant"], "operators": None}})
+
+
 def test_contexts_compare_as_values() -> None:
     assert records.context_from_record(through_json(context(features={"a": 1.0}))) != Context("x", "y", "z", 1.0, 1.0)

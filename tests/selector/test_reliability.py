@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -32,13 +34,28 @@ def test_a_certain_forecast_belongs_to_the_last_bin() -> None:
 
 @pytest.mark.parametrize(
     ("forecasts", "outcomes"),
-    [([], []), ([0.5], [0, 1]), ([1.5], [1]), ([float("nan")], [1]), ([0.5], [0.5]), ([[0.5]], [[1]])],
+    [
+        ([], []),
+        ([0.5], [0, 1]),
+        ([1.5], [1]),
+        ([float("nan")], [1]),
+        ([0.5], [0.5]),
+        ([[0.5]], [[1]]),
+        (["high"], [1]),
+        ([0.5], [None]),
+        ([0.5, 0.5], [[1], [0, 1]]),
+    ],
 )
-def test_what_is_no_forecast_is_refused(forecasts: list[float], outcomes: list[float]) -> None:
+def test_what_is_no_forecast_is_refused(forecasts: list[Any], outcomes: list[Any]) -> None:
     with pytest.raises(InvalidInput, match=r"forecasts|outcomes"):
         brier_score(forecasts, outcomes)
+    with pytest.raises(InvalidInput, match=r"forecasts|outcomes"):
+        reliability_curve(forecasts, outcomes)
 
 
 def test_a_curve_needs_a_bin() -> None:
-    with pytest.raises(InvalidInput, match="bins"):
-        reliability_curve([0.5], [1], bins=0)
+    for bins in (0, -1, 2.5, True):
+        with pytest.raises(InvalidInput, match="bins"):
+            reliability_curve([0.5], [1], bins=bins)  # type: ignore[arg-type]  # what callers without types pass
+    with pytest.raises(InvalidInput, match="curve"):
+        calibration_error(())
