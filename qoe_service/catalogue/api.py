@@ -12,6 +12,7 @@ from ninja.security import SessionAuth
 
 from device_agents.wire import Name
 from qoe_service.catalogue import applications, packages
+from qoe_service.catalogue.evaluation import Cut
 from qoe_service.catalogue.intake_api import router as intake
 from qoe_service.catalogue.models import Application, Variant
 from qoe_service.catalogue.profiling_api import router as profiling
@@ -33,7 +34,10 @@ class ApplicationOut(Schema):
 
 
 class VariantOut(Schema):
-    """One variant and what was measured about it; accuracy holds for the instruction sets named beside it."""
+    """One variant and what was measured about it; accuracy holds for the instruction sets named beside it.
+
+    ``accuracy_kind`` says what it is a share of; ``cuts`` where the variant can be cut in two, or why it cannot.
+    """
 
     name: str
     digest: str
@@ -42,12 +46,15 @@ class VariantOut(Schema):
     compression_pass: str
     base: str | None
     accuracy: float | None
+    accuracy_kind: str
     accuracy_low: float | None
     accuracy_high: float | None
     accuracy_samples: int
     accuracy_isa: str
     memory_bytes: int
     is_selectable: bool
+    cuts: list[Cut]
+    no_cuts_because: str
     provenance: dict[str, object]
     created_at: datetime
     retired_at: datetime | None
@@ -55,9 +62,9 @@ class VariantOut(Schema):
     @classmethod
     def of(cls, variant: Variant) -> VariantOut:
         """A row as the API shows it."""
-        own = {
-            name: getattr(variant, name) for name in cls.model_fields if name not in {"digest", "size_bytes", "base"}
-        }
+        elsewhere = {"digest", "size_bytes", "base", "cuts", "no_cuts_because"}
+        own = {name: getattr(variant, name) for name in cls.model_fields if name not in elsewhere}
+        own |= {"cuts": variant.details.get("cuts", []), "no_cuts_because": variant.details.get("no_cuts_because", "")}
         base = variant.base.name if variant.base else None
         return cls(digest=variant.artifact_id, size_bytes=variant.artifact.size_bytes, base=base, **own)
 

@@ -137,6 +137,11 @@ class Variant(models.Model):
         """Whether decisions may choose it: measured, and not retired."""
         return self.accuracy is not None and self.retired_at is None
 
+    @property
+    def accuracy_kind(self) -> str:
+        """What the accuracy is a share of: top-1, regression or agreement; empty before it was measured."""
+        return str(self.details.get("accuracy", {}).get("kind", ""))
+
 
 class Work(models.Model):
     """What a worker claims, reports progress on and finishes. ``attempts`` is the fencing number of its runner."""

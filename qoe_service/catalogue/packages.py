@@ -131,6 +131,7 @@ def described(variant: Variant) -> dict[str, Any]:
         "base": variant.base.name if variant.base else None,
         "compression_pass": variant.compression_pass or None,
         "accuracy": variant.accuracy,
+        "accuracy_kind": variant.accuracy_kind or None,
         "accuracy_interval": [variant.accuracy_low, variant.accuracy_high],
         "accuracy_samples": variant.accuracy_samples,
         "accuracy_isa": variant.accuracy_isa or None,

@@ -35,8 +35,9 @@ def application(tmp_path: Path) -> Application:
 
 @pytest.fixture
 def family(application: Application) -> Application:
-    base = make_variant(application, "dense", digest=stored(dense_model()), accuracy=1.0)
-    student = make_variant(application, "conv", digest=stored(conv_model()), base=base, precision="fp16", accuracy=1.0)
+    known: dict[str, Any] = {"accuracy": 1.0, "details": {"accuracy": {"kind": "top-1"}}}
+    base = make_variant(application, "dense", digest=stored(dense_model()), **known)
+    student = make_variant(application, "conv", digest=stored(conv_model()), base=base, precision="fp16", **known)
     Application.objects.update(baseline_digest=student.artifact_id)
     application.refresh_from_db()
     return application
@@ -61,9 +62,10 @@ def test_a_family_is_one_zip_with_a_manifest_that_says_how_each_was_made(family:
     archive = zipfile.ZipFile(io.BytesIO(content))
     assert archive.testzip() is None
     manifest = manifest_of(content, "quarters/manifest.json")
-    assert [(each["name"], each["base"], each["accuracy"]) for each in manifest["variants"]] == [
-        ("conv", "dense", 1.0),
-        ("dense", None, 1.0),
+    facts = ("name", "base", "accuracy", "accuracy_kind")
+    assert [tuple(each[fact] for fact in facts) for each in manifest["variants"]] == [
+        ("conv", "dense", 1.0, "top-1"),
+        ("dense", None, 1.0, "top-1"),
     ]
     for each in manifest["variants"]:
         found = hashlib.sha256(archive.read(f"quarters/{each['file']}")).hexdigest()

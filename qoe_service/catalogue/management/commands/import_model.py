@@ -10,7 +10,17 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError
 from django.utils import timezone
 
-from qoe_service.catalogue import applications, compression, datasets, imports, jobs, packages, tasks, uploads
+from qoe_service.catalogue import (
+    accuracies,
+    applications,
+    compression,
+    datasets,
+    imports,
+    jobs,
+    packages,
+    tasks,
+    uploads,
+)
 from qoe_service.catalogue.models import Application, Job, Variant
 from qoe_service.catalogue.passes import PASSES, WHOLE_FAMILY
 from qoe_service.errors import ServiceError
@@ -101,5 +111,8 @@ class Command(BaseCommand):
         return True
 
     def _tell(self, variant: Variant) -> None:
-        accuracy = "not measured" if variant.accuracy is None else f"{variant.accuracy:.4f}"
+        known, accuracy = accuracies.of_variant(variant), "not measured"
+        if known is not None:
+            interval = f"{known.low:.4f} to {known.high:.4f}"
+            accuracy = f"{known.value:.4f} ({variant.accuracy_kind}, {interval}, {known.samples} samples)"
         self.stdout.write(f"{variant.name} {variant.artifact_id} accuracy {accuracy}")
