@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from django.db.models import Q
 
@@ -20,6 +21,15 @@ from qoe_service.rollouts.models import Assignment
 from web.measurement_rows import Measurement, Measurements, Speed
 
 _JOBS, _UPLOADS = 12, 4
+
+
+class Cut(NamedTuple):
+    """A place where a variant can be cut in two: what passes for one row, and the share of the work before it."""
+
+    tensor: str
+    bytes: int
+    dtype: str
+    work_before: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +66,21 @@ class FamilyRow:
     @property
     def accuracy_kind(self) -> str:
         """What the accuracy is a share of; empty for right answers, which go without saying."""
-        kind = str(self.variant.details.get("accuracy", {}).get("kind", ""))
-        return {"agreement": "agreement with the base model", "regression": "variance explained"}.get(kind, "")
+        words = {"agreement": "agreement with the base model", "regression": "variance explained"}
+        return words.get(self.variant.accuracy_kind, "")
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """In the order of the model."""
+        return [
+            Cut(
+                each["tensor"],
+                each["bytes"],
+                each["dtype"],
+                each["flops_before"] / (each["flops_before"] + each["flops_after"]),
+            )
+            for each in self.variant.details.get("cuts", [])
+        ]
 
     @property
     def provenance(self) -> str:

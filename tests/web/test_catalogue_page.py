@@ -73,10 +73,19 @@ def test_each_variant_shows_what_was_measured_on_the_class_that_is_looked_at(
 
 
 def test_an_accuracy_without_labels_says_what_it_is_instead(operator: Client, family: Application) -> None:
-    Variant.objects.filter(name="wide").update(details={"accuracy": {"kind": "agreement"}, "cuts": [{}, {}]})
+    Variant.objects.filter(name="wide").update(details={"accuracy": {"kind": "agreement"}})
     page = text_of(operator.get(PATH))
     assert "88.0 % to 92.0 % agreement with the base model" in page
-    assert "Cut points 2" in page
+
+
+def test_a_variant_shows_where_it_can_be_cut_or_why_nowhere(operator: Client, family: Application) -> None:
+    first = {"tensor": "pool", "dtype": "uint8", "shape": [128], "bytes": 128, "flops_before": 1e6, "flops_after": 3e6}
+    second = {**first, "tensor": "rows", "bytes": 64, "flops_before": 3e6, "flops_after": 1e6}
+    Variant.objects.filter(name="wide-int8").update(details={"cuts": [first, second]})
+    Variant.objects.filter(name="wide").update(details={"cuts": [], "no_cuts_because": "models of 2 GiB are not cut"})
+    page = text_of(operator.get(PATH))
+    assert "pool 128 B uint8, after 25 % of the work rows 64 B uint8, after 75 % of the work" in page
+    assert "Where it can be cut in two Nowhere: models of 2 GiB are not cut" in page
 
 
 def test_the_scatter_has_the_front_and_the_dominated_with_their_intervals(
