@@ -46,11 +46,11 @@ MAGIC = b"edge-qoe vw 1\n"
 FEATURE_SCHEMA = 2
 PROBE_TOLERANCE = 1e-5
 LARGEST_FEATURE = 10.0
-# Warm examples count a hundredfold each: the weight of the prediction ends at -1 whatever the learning rate.
 TRUST_KEPT = 0.999
 TRUST_PRIOR = 0.1
 # The prior fades; without any residual foretold the share would become 0/0 in the end.
 LEAST_SQUARE = 1e-300
+# Warm examples count a hundredfold each: the weight of the prediction ends at -1 whatever the learning rate.
 _WARM_STEPS, _WARM_SHARE = 300, 0.01
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]")
 
