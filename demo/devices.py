@@ -44,7 +44,7 @@ DEVICES = (
     Device("laptop", "laptop", 0.6, "easygoing", {"digits": 12.0, "parity": 6.0}),
     Device("tablet", "tablet", 0.4, "careful", {"digits": 10.0, "parity": 4.0}),
     Device("phone", "phone", 0.3, "easygoing", {"digits": 8.0}, frozenset({0})),
-    Device("camera", "camera", 0.12, "careful", {"digits": 5.0}, frozenset({1})),
+    Device("camera", "camera", 0.1, "careful", {"digits": 5.0}, frozenset({1})),
     Device("sensor-hub", "sensor-hub", 0.035, "impatient", {"digits": 3.0}, frozenset({0})),
 )
 
