@@ -63,7 +63,8 @@ def derive(*, job: Job, watch: sandbox.Watch, clock: Callable[[], datetime]) -> 
     request: dict[str, Any] = {"command": "compress", "pass": chosen.method, "parameters": job.parameters}
     request |= evaluation.first_look()
     with sandbox.opened() as box:
-        sandbox.check_memory(box.limits, base.artifact.size_bytes, chosen.memory_factor, what=chosen.name)
+        size_bytes, factor = base.artifact.size_bytes, chosen.memory_factor
+        request["memory"] = sandbox.check_memory(box.limits, size_bytes, factor, what=chosen.name)
         box.add(MODEL, artifacts.open_for_reading(base.artifact_id))
         datasets.add_to(box, job.application)
         evaluation.add_reference(box, job.application)
@@ -84,14 +85,13 @@ def rebuilt(*, variant: Variant) -> str:
     made = variant.provenance
     if variant.base is None or "method" not in made:
         raise sandbox.Refused(f"{variant.name} was handed in, not derived")
-    request = {"command": "compress", "pass": made["method"], "parameters": made["parameters"], "samples": 1}
+    request: dict[str, Any] = {"command": "compress", "pass": made["method"], "parameters": made["parameters"]}
     with sandbox.opened() as box:
-        sandbox.check_memory(
-            box.limits, variant.base.artifact.size_bytes, PASSES[made["pass"]].memory_factor, what=made["pass"]
-        )
+        size_bytes, factor = variant.base.artifact.size_bytes, PASSES[made["pass"]].memory_factor
+        request["memory"] = sandbox.check_memory(box.limits, size_bytes, factor, what=made["pass"])
         box.add(MODEL, artifacts.open_for_reading(made["base_digest"]))
         datasets.add_to(box, variant.application)
-        measured = evaluation.measure(box, request)
+        measured = evaluation.measure(box, {**request, "samples": 1})
         if measured.provenance["calibration_digest"] != made["calibration_digest"]:
             raise sandbox.Refused(f"{variant.name} was calibrated on other data than the application has now")
         with box.open(DERIVED) as derived:

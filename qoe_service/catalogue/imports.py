@@ -118,10 +118,10 @@ def _imported_before(application: Application, path: Path, name: str) -> Variant
 def _import(application: Application, path: Path, wish: Wish, now: datetime, watch: sandbox.Watch | None) -> Variant:
     with sandbox.opened() as box:
         try:
-            _put_model(box, path, watch)
+            memory = _put_model(box, path, watch)
             datasets.add_to(box, application)
             evaluation.add_reference(box, application)
-            request = {"command": "measure", **evaluation.first_look()}
+            request = {"command": "measure", "memory": memory, **evaluation.first_look()}
             measured = evaluation.measure(box, request, watch=watch)
             # stored from the private copy: what was checked is what is kept
             with box.open(MODEL) as checked:
@@ -134,17 +134,18 @@ def _import(application: Application, path: Path, wish: Wish, now: datetime, wat
         return _keep(application, artifact, measured, wish, now)
 
 
-def _put_model(box: sandbox.Sandbox, path: Path, watch: sandbox.Watch | None) -> None:
-    """The model as one file in the sandbox."""
+def _put_model(box: sandbox.Sandbox, path: Path, watch: sandbox.Watch | None) -> dict[str, Any]:
+    """The model as one file in the sandbox, and what measuring it needs of memory beside what its layers hold."""
     size = path.stat().st_size
     factor = sandbox.MEASURING_FACTOR if size <= MAX_MODEL_BYTES else sandbox.CONTAINER_FACTOR
-    sandbox.check_memory(box.limits, size, factor, what="checking it")
+    memory = sandbox.check_memory(box.limits, size, factor, what="checking it")
     if path.suffix.lower() != BUNDLE_SUFFIX:
         box.add(MODEL, path.open("rb"))
-        return
+        return memory
     box.add(BUNDLE, path.open("rb"))
     request = {"command": "join-model", "bundle": BUNDLE, "at_most": MAX_MODEL_BYTES}
     box.ask(request, program="sandboxed.intake", watch=watch)
+    return memory
 
 
 def _keep(

@@ -202,8 +202,11 @@ def opened(limits: Limits | None = None) -> Iterator[Sandbox]:
             yield Sandbox(folder, limits or Limits(memory_bytes=settings.SANDBOX_MEMORY_BYTES), uid)
 
 
-def check_memory(limits: Limits, model_bytes: int, factor: float, *, what: str) -> None:
-    """Raises Refused beforehand where a program would exceed the sandbox's memory, with the estimate."""
+def check_memory(limits: Limits, model_bytes: int, factor: float, *, what: str) -> dict[str, Any]:
+    """Raises Refused beforehand where a program would exceed the sandbox's memory, with the estimate.
+
+    The answer goes into the request, so that the program can add what the model's layers hold, which only it can see.
+    """
     needed = BASE_MEMORY_BYTES + int(factor * model_bytes)
     if needed > limits.memory_bytes:
         raise Refused(
@@ -211,6 +214,7 @@ def check_memory(limits: Limits, model_bytes: int, factor: float, *, what: str) 
             f"{BASE_MEMORY_BYTES // 2**20} MiB); the sandbox has {limits.memory_bytes // 2**20} MiB "
             "(SANDBOX_MEMORY_BYTES)"
         )
+    return {"what": what, "needed_bytes": needed, "limit_bytes": limits.memory_bytes}
 
 
 def _private_uid(folder: Path) -> int | None:

@@ -37,20 +37,23 @@ def describe_data(_: dict[str, Any]) -> dict[str, Any]:
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Check a model, and measure it where there is data."""
-    return measured(MODEL, request, tell_progress)
+    from . import checks, memory  # noqa: PLC0415 - a command loads only the libraries that it uses
+
+    facts, data = checks.check(MODEL), _data()
+    memory.check(request, _held_to_measure(MODEL, data))
+    return measured(MODEL, facts, request, tell_progress)
 
 
 def compress(request: dict[str, Any]) -> dict[str, Any]:
     """Derive a variant, then check and measure it like any other model."""
-    from . import passes  # noqa: PLC0415 - a command loads only the libraries that it uses
+    from . import checks, memory, passes  # noqa: PLC0415 - as above
 
     data = _data()  # the base itself was checked when it came, and is the same since
     task = passes.Task(MODEL, DERIVED, request["parameters"], data, lambda share: tell_progress(0.6 * share))
+    memory.check(request, max(passes.held_bytes(request["pass"], task), _held_to_measure(MODEL, data)))
     provenance = passes.apply(request["pass"], task)
-    return {
-        **measured(DERIVED, request, lambda share: tell_progress(0.6 + 0.3 * share)),
-        "provenance": provenance,
-    }
+    found = measured(DERIVED, checks.check(DERIVED), request, lambda share: tell_progress(0.6 + 0.3 * share))
+    return {**found, "provenance": provenance}
 
 
 def split(request: dict[str, Any]) -> dict[str, Any]:
@@ -69,11 +72,13 @@ def sample(request: dict[str, Any]) -> dict[str, Any]:
     return samples.write(datasets.load(DATA), REFERENCE, count=request["count"], max_bytes=request["max_bytes"])
 
 
-def measured(path: Path, request: dict[str, Any], tell: Callable[[float], None]) -> dict[str, Any]:
+def measured(
+    path: Path, facts: dict[str, Any], request: dict[str, Any], tell: Callable[[float], None]
+) -> dict[str, Any]:
     """Facts about a model, where it can be cut, and its accuracy where there is data, on as much as is asked for."""
-    from . import checks, cuts, evaluation, pieces  # noqa: PLC0415 - as above
+    from . import cuts, evaluation, pieces  # noqa: PLC0415 - as above
 
-    facts, data, score = checks.check(path), _data(), None
+    data, score = _data(), None
     if data is not None:
         reference = REFERENCE if REFERENCE.exists() else None
         extent = {"at_most": request["samples"], "patience_s": request.get("patience_s", 0.0)}
@@ -87,6 +92,16 @@ def measured(path: Path, request: dict[str, Any], tell: Callable[[float], None])
         found, reason = [], f"{type(error).__name__}: {error}"[:300]
     weights = pieces.find(path)
     return {"facts": facts, "score": score, "cuts": found, "no_cuts_because": reason, "weights": weights}
+
+
+def _held_to_measure(path: Path, data: datasets.Dataset | None) -> int:
+    """Bytes that a model's layers hold while it is measured: a batch of rows, or every tensor of a few to find cuts."""
+    from . import checks, cuts, evaluation, memory  # noqa: PLC0415 - as above
+
+    sample = _sample(path, data)
+    layers = memory.held(checks.read(path), sample.shape[1:])
+    rows = min(evaluation.BATCH, len(data.heldout_inputs)) if data is not None else 0
+    return max(rows * layers.at_once, cuts.ROWS_WATCHED * layers.in_all)
 
 
 def _data() -> datasets.Dataset | None:

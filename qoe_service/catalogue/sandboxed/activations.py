@@ -11,9 +11,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from .interface import Task
+from .memory import Held
 
 Floats = NDArray[np.float32]
-BATCH = 16
+BATCH, ANSWERS_BATCH = 16, 64
 MAX_ROWS = 8192
 MAX_VALUES = 2**24  # of one tensor's matrix: 64 MiB
 
@@ -34,14 +35,32 @@ def collect(
         share = BATCH / max(len(inputs), BATCH)
         for (tensor, axis), value in zip(axes.items(), values, strict=True):
             parts[tensor].append(_thinned(np.moveaxis(value, axis, -1).reshape(-1, value.shape[axis]), share))
-    return {tensor: np.concatenate(found) for tensor, found in parts.items()}
+    return {tensor: np.concatenate(parts.pop(tensor)) for tensor in axes}  # one tensor at a time is there twice
+
+
+def collected_bytes(layers: Held, axes: Mapping[str, int], task: Task, *, then: int = 0) -> int:
+    """What ``collect`` holds at its peak: one batch, in it all of these tensors, and the rows kept of each.
+
+    ``then`` is what is held later, when of all this only the rows are there.
+    """
+    assert task.data is not None
+    samples = len(task.data.calibration_inputs[: task.parameters["calibration_samples"]])
+    batch = kept = 0
+    for tensor, axis in axes.items():
+        shape = layers.shapes.get(tensor, ())
+        values = int(np.prod(shape, dtype=np.int64)) if shape else 0
+        channels = max(shape[axis], 1) if shape else 1
+        batch += 4 * values
+        kept += 4 * channels * min(samples * values // channels, MAX_ROWS, MAX_VALUES // channels)
+    return max(BATCH * (layers.at_once + batch), then) + kept
 
 
 def outputs_of(model: onnx.ModelProto, inputs: NDArray[Any], names: Sequence[str] = ()) -> list[Floats]:
     """Tensors of these names on all inputs, by default the model's first output."""
     session, name = watching_session(model, names), model.graph.input[0].name
     wanted = list(names) or [model.graph.output[0].name]
-    batches = [session.run(wanted, {name: inputs[start : start + 64]}) for start in range(0, len(inputs), 64)]
+    starts = range(0, len(inputs), ANSWERS_BATCH)
+    batches = [session.run(wanted, {name: inputs[start : start + ANSWERS_BATCH]}) for start in starts]
     return [np.concatenate(column).astype(np.float32) for column in zip(*batches, strict=True)]
 
 

@@ -9,7 +9,7 @@ import onnx
 
 from . import checks
 from .datasets import Dataset
-from .interface import Task
+from .interface import Pass, Task
 from .refusal import Refusal
 
 CUSTOM_DOMAINS = frozenset({"com.microsoft"})
@@ -18,7 +18,7 @@ LEFT_OVER = frozenset(
 )
 
 
-class CleanUp:
+class CleanUp(Pass):
     """For exported graphs, which carry arithmetic on shapes and unfolded normalisations."""
 
     name = "clean-up"

@@ -15,6 +15,7 @@ from .refusal import Refusal
 from .runtime import new_session
 
 MOST_CUTS = 64
+ROWS_WATCHED = 3  # one row, then two, and every tensor of them is kept
 HEAD, TAIL = Path("head.onnx"), Path("tail.onnx")
 _TYPES = {np.dtype(each): onnx.helper.np_dtype_to_tensor_dtype(np.dtype(each)) for each in ("float32", "uint8", "int8")}
 

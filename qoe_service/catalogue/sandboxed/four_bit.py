@@ -14,7 +14,7 @@ from . import channel_groups
 from . import graph as graphs
 from .channel_groups import Weights
 from .datasets import Dataset
-from .interface import Task
+from .interface import Pass, Task
 
 PREPARED = Path("prepared.onnx")
 MIN_DENSE_SHARE, MIN_WEIGHTS = 0.5, 1024
@@ -22,7 +22,7 @@ DOMAIN, ZERO, LEVELS = "com.microsoft", 8, 15
 SHRINKS = np.linspace(1.0, 0.7, 13)
 
 
-class Int4Weights:
+class Int4Weights(Pass):
     """Quarter-size models for single requests; batches gain little, since every row unpacks the weights anew."""
 
     name = "int4-weights"

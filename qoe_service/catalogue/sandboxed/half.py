@@ -9,12 +9,12 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from . import graph as graphs
 from .datasets import Dataset
-from .interface import Task
+from .interface import Pass, Task
 
 PREPARED = Path("prepared.onnx")
 
 
-class Float16:
+class Float16(Pass):
     """Inputs and outputs keep their types."""
 
     name = "float16"

@@ -24,11 +24,13 @@ from onnxruntime.quantization.calibrate import (
 
 from . import graph as graphs
 from .datasets import Dataset
-from .interface import Task
+from .interface import Pass, Task
+from .memory import Held
 from .refusal import Refusal
 
 PREPARED, AUGMENTED, RANGES = Path("prepared.onnx"), Path("augmented.onnx"), Path("ranges.json")
 MIN_DENSE_SHARE, MIN_SHARE = 0.5, 0.1
+BATCH, AT_A_TIME = 8, 32
 # bandwidth-bound operators between two quantised ones stay in 8 bits; element-wise scaling of inputs does not
 OPERATORS = (
     *("Conv", "ConvTranspose", "Gemm", "MatMul", "Relu", "Clip", "Add", "Concat"),
@@ -61,6 +63,11 @@ class StaticInt8:
             return "recurrent layers, which it leaves alone, hold nearly all weights; dynamic-int8 is for them"
         return None
 
+    def held_bytes(self, layers: Held, task: Task) -> int:
+        """Ranges other than MinMax are read off whole tensors, of all samples between two sums."""
+        is_watched = task.parameters["ranges"] != "minmax"
+        return AT_A_TIME * layers.in_all if is_watched else BATCH * layers.at_once
+
     def apply(self, task: Task) -> None:
         """Calibrate, then insert QDQ pairs."""
         assert task.data is not None
@@ -70,7 +77,7 @@ class StaticInt8:
         insert_pairs(task.target, task.parameters)
 
 
-class DynamicInt8:
+class DynamicInt8(Pass):
     """8-bit weights of dense and recurrent layers, with activation ranges found at run time."""
 
     name = "dynamic-int8"
@@ -110,10 +117,10 @@ def calibrate(samples: NDArray[Any], input_name: str, ranges: str, task: Task) -
     calibrator = RANGES_BY[ranges][0](PREPARED, list(OPERATORS), augmented_model_path=str(AUGMENTED))
     calibrator.augment_graph()
     calibrator.infer_session = _one_thread_session()
-    for start in range(0, len(samples), 32):  # histograms of one batch at a time, or memory grows with the samples
+    for start in range(0, len(samples), AT_A_TIME):  # histograms of a few batches, or memory grows with the samples
         task.tell(0.6 * start / len(samples))
         with contextlib.redirect_stdout(io.StringIO()):  # it tells people what it does
-            calibrator.collect_data(Samples(samples[start : start + 32], input_name))
+            calibrator.collect_data(Samples(samples[start : start + AT_A_TIME], input_name))
     with contextlib.redirect_stdout(io.StringIO()):
         save_tensors_data(calibrator.compute_data(), RANGES)
 
@@ -177,7 +184,7 @@ def _one_thread_session() -> onnxruntime.InferenceSession:
 class Samples(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
     """Hands calibration inputs over in small batches."""
 
-    def __init__(self, inputs: Any, name: str, batch: int = 8) -> None:
+    def __init__(self, inputs: Any, name: str, batch: int = BATCH) -> None:
         self._batches = ({name: inputs[start : start + batch]} for start in range(0, len(inputs), batch))
 
     def get_next(self) -> dict[str, Any] | None:

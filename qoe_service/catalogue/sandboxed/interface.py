@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import onnx
 
 from .datasets import Dataset
+from .memory import Held
 
 
 def tell_nobody(share: float) -> None:
@@ -37,6 +38,10 @@ class Pass(Protocol):
     def why_not(self, model: onnx.ModelProto, data: Dataset | None) -> str | None:
         """Why it cannot help this model; None if it may. Cheap: it looks at the graph, it runs nothing."""
         ...
+
+    def held_bytes(self, layers: Held, task: Task) -> int:  # noqa: ARG002 - most run nothing
+        """What the model's layers hold at the peak, where the pass runs it."""
+        return 0
 
     def apply(self, task: Task) -> None:
         """Write the derived model. Raises Refusal where only doing it shows that it does not help."""

@@ -11,11 +11,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from . import activations, channel_groups
+from . import activations, channel_groups, checks
 from . import graph as graphs
 from .channel_groups import Weights
 from .datasets import Dataset
 from .interface import Task
+from .memory import Held
 from .refusal import Refusal
 
 PREPARED = Path("prepared.onnx")
@@ -50,6 +51,11 @@ class LowRank:
         if not _large_layers(model):
             return f"the model has no dense layer with both sides of {MIN_SIDE} or more"
         return None
+
+    def held_bytes(self, layers: Held, task: Task) -> int:
+        """What large layers read is collected."""
+        axes = {node.input[0]: -1 for node in _large_layers(checks.read(task.source))}
+        return activations.collected_bytes(layers, axes, task)
 
     def apply(self, task: Task) -> None:
         """Factorise every large layer that is worth it; refuse when none is."""

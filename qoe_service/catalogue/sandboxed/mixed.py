@@ -10,6 +10,7 @@ import onnx
 from . import activations, cost, int8
 from . import graph as graphs
 from .interface import Task
+from .memory import Held
 from .refusal import Refusal
 
 SAMPLES, MOST_LAYERS = 64, 16
@@ -20,6 +21,10 @@ class MixedInt8(int8.StaticInt8):
     """Static int8 in which the layers with the largest quantisation error stay in single precision."""
 
     name = "mixed-int8"
+
+    def held_bytes(self, layers: Held, task: Task) -> int:
+        """It runs the model on as many rows as its answers are compared on."""
+        return max(super().held_bytes(layers, task), activations.ANSWERS_BATCH * layers.at_once)
 
     def apply(self, task: Task) -> None:
         """Calibrate once, then quantise again and again, each time without one layer."""

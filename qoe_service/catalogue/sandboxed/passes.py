@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from . import checks, containers
+from . import checks, containers, memory
 from .cleanup import CleanUp
 from .four_bit import Int4Weights
 from .half import Float16
@@ -44,6 +44,14 @@ def apply(name: str, task: Task) -> dict[str, Any]:
         "isa": instruction_sets(),
         "versions": {each: importlib.metadata.version(each) for each in LIBRARIES},
     }
+
+
+def held_bytes(name: str, task: Task) -> int:
+    """What the layers of ``task.source`` hold while the pass runs it on calibration samples."""
+    if task.data is None:
+        return 0
+    layers = memory.held(checks.read(task.source), task.data.calibration_inputs.shape[1:])
+    return PASSES[name].held_bytes(layers, task)
 
 
 def _write_canonical(task: Task) -> None:

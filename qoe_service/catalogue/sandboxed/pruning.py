@@ -16,11 +16,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from . import activations, channel_groups, cost
+from . import activations, channel_groups, checks, cost
 from . import graph as graphs
 from .channel_groups import Group, Weights
 from .datasets import Dataset
 from .interface import Task
+from .memory import Held
 from .reconstruction import Mixture, Moments, pivoted_order
 from .refusal import Refusal
 
@@ -58,6 +59,14 @@ class PruneChannels:
         if graphs.weights_in(model, graphs.DENSE | graphs.CONVOLUTIONS) == 0:
             return "the model has no convolution or dense layer with constant weights"
         return None
+
+    def held_bytes(self, layers: Held, task: Task) -> int:
+        """What convolutions and dense layers read is collected, then the model's answers are compared."""
+        kinds = graphs.DENSE | graphs.CONVOLUTIONS
+        nodes = [node for node in checks.read(task.source).graph.node if node.op_type in kinds]
+        axes = {node.input[0]: -1 if node.op_type in graphs.DENSE else 1 for node in nodes}
+        answers = activations.ANSWERS_BATCH * layers.at_once
+        return activations.collected_bytes(layers, axes, task, then=answers)
 
     def apply(self, task: Task) -> None:
         """Measure, choose, cut."""
