@@ -66,9 +66,14 @@ def queue_accuracy(*, variant: Variant, measured: Measured, now: datetime) -> No
 
 def queue_all_accuracies(*, application: Application, now: datetime) -> None:
     """Ask for the accuracy of every variant in use on the data set that the application has now."""
-    parameters = {"dataset": application.dataset_id}
     for variant in application.variants.filter(retired_at=None):
-        queue(base=variant, compression_pass=ACCURACY, parameters=parameters, now=now)
+        queue_accuracy_anew(variant=variant, now=now)
+
+
+def queue_accuracy_anew(*, variant: Variant, now: datetime) -> None:
+    """Ask for the accuracy on the data set that the application has now, unless that was asked for already."""
+    parameters = {"dataset": variant.application.dataset_id}
+    queue(base=variant, compression_pass=ACCURACY, parameters=parameters, now=now)
 
 
 def runnable(*, now: datetime) -> list[int]:

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from django.db import transaction
 
+from qoe_service.catalogue import jobs
 from qoe_service.catalogue.models import Application, Variant
 from qoe_service.errors import Conflict, NotFound
 from qoe_service.fleet import audit
@@ -27,10 +28,14 @@ def retire(*, variant: Variant, actor: str, now: datetime) -> bool:
 
 
 def restore(*, variant: Variant, actor: str, now: datetime) -> bool:
-    """Let it be chosen again; False when it may be already."""
+    """Let it be chosen again; False when it may be already. Data that came meanwhile is asked what it is worth."""
     if variant.retired_at is None:
         return False
-    return _set(variant, retired_at=variant.retired_at, wanted=None, verb="restore_variant", actor=actor, now=now)
+    with transaction.atomic():
+        is_new = _set(variant, retired_at=variant.retired_at, wanted=None, verb="restore_variant", actor=actor, now=now)
+        if is_new and variant.application.dataset_id:
+            jobs.queue_accuracy_anew(variant=variant, now=now)
+    return is_new
 
 
 def _set(

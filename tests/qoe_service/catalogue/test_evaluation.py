@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from onnx import numpy_helper
 from qoe_service.catalogue import artifacts, compression, imports, jobs, retirement
 from qoe_service.catalogue import datasets as application_data
 from qoe_service.catalogue.evaluation import wilson_interval
-from qoe_service.catalogue.models import Variant
+from qoe_service.catalogue.models import Job, Variant
 from qoe_service.catalogue.sandboxed import checks, datasets, evaluation
-from tests.builders import NOW, make_application
+from tests.builders import NOW, make_application, make_variant
 from tests.qoe_service.catalogue.tiny_models import dense_model, pictures, quarters, write_data, write_model
 
 
@@ -71,6 +72,20 @@ def test_without_labels_a_variant_is_judged_by_its_agreement_with_the_base(tmp_p
     assert derived.details["accuracy"]["kind"] == "agreement"
     assert derived.accuracy is not None
     assert 0.95 < derived.accuracy <= 1.0
+
+
+@pytest.mark.django_db
+def test_what_comes_back_is_measured_on_the_data_that_came_meanwhile() -> None:
+    old, new = (artifacts.store(io.BytesIO(content), now=NOW) for content in (b"old", b"new"))
+    application = make_application("quarters", dataset=old)
+    variant = make_variant(application, "dense")
+    retirement.retire(variant=variant, actor="ada", now=NOW)
+    application_data.replace(application=application, dataset=new)
+    jobs.queue_all_accuracies(application=application, now=NOW)
+    assert not Job.objects.exists()
+    assert retirement.restore(variant=variant, actor="ada", now=NOW)
+    job = Job.objects.get()
+    assert (job.base, job.compression_pass, job.parameters) == (variant, "accuracy", {"dataset": new.pk})
 
 
 @pytest.mark.django_db
