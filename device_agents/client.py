@@ -434,13 +434,18 @@ def _cut_when(is_cancelled: Callable[[], bool], connection: socket.socket | None
 
 
 def trust(ca_bundle: str) -> Any:
-    """What httpx verifies servers by; raises BadConfiguration for a file that cannot be read."""
-    if not ca_bundle:
-        return True
+    """What httpx verifies servers by: that file, else the system's authorities, else those that come with httpx.
+
+    Raises BadConfiguration for a file that cannot be read.
+    """
     try:
-        return ssl.create_default_context(cafile=ca_bundle)
+        if ca_bundle:
+            return ssl.create_default_context(cafile=ca_bundle)
+        known = ssl.get_default_verify_paths()
+        has_own = known.cafile or (known.capath and any(Path(known.capath).iterdir()))
+        return ssl.create_default_context() if has_own else True
     except OSError as error:
-        raise BadConfiguration(f"ca_bundle {ca_bundle}: {error}") from error
+        raise BadConfiguration(f"ca_bundle {ca_bundle or 'of the system'}: {error}") from error
 
 
 def is_loopback(host: str) -> bool:
