@@ -43,7 +43,7 @@ def hardware(root: Path = Path("/")) -> Hardware:
         architecture=platform.machine(),
         cpu_model=_cpu_model(cpuinfo),
         cores=len(os.sched_getaffinity(0)),
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=memory(root).total_bytes,
         isa=isa(cpuinfo),
         runtime_version=runtime_version(),
         cpu_quota_cores=quota.cores if quota else None,
@@ -89,6 +89,37 @@ def cpu_quota(root: Path = Path("/")) -> CpuQuota | None:
     return min(known) if known else None
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What this process may use in all, and what of it is free or can be reclaimed."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+def memory(root: Path = Path("/")) -> Memory:
+    """That of the machine, or of this process's control group where it is less. Knows version 2 and 1."""
+    machine = psutil.virtual_memory()
+    total, free = machine.total, machine.available
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder = root / "sys/fs/cgroup" / ("memory" if controllers else "") / path.lstrip("/")
+        names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        limit, used = (_text(folder / f"memory.{name}").strip() for name in names)
+        if limit.isdigit() and used.isdigit():
+            total = min(total, int(limit))
+            free = min(free, max(0, int(limit) - int(used) + _inactive_file_bytes(_text(folder / "memory.stat"))))
+    return Memory(total, free)
+
+
+def _inactive_file_bytes(statistics: str) -> int:
+    """Page cache that the kernel gives up before it ends a process."""
+    values = dict(words for line in statistics.splitlines() if len(words := line.split()) == 2)
+    return int(values.get("total_inactive_file", values.get("inactive_file", "0")))
+
+
 def throttled_periods(root: Path = Path("/")) -> int:
     """How often a CPU quota has stopped this process's control group so far; 0 without control groups."""
     count = 0
@@ -129,7 +160,7 @@ class TelemetryReader:
         throttles, self._throttles = self._throttles, self._throttle_count()
         return Telemetry(
             cpu_load_share=self._load_of_others(),
-            memory_free_bytes=psutil.virtual_memory().available,
+            memory_free_bytes=memory(self._root).free_bytes,
             temperature_c=_temperature(),
             throttled=self._throttles > throttles or self._is_cooled(),
             battery_share=min(1.0, max(0.0, battery.percent / 100)) if battery else None,
@@ -170,7 +201,9 @@ def network(root: Path = Path("/")) -> Network:
         return "offline" if (root / "proc/net/route").exists() else "unknown"
     if defaults[0].startswith(MOBILE_INTERFACES):
         return "metered"
-    return "wifi" if (root / "sys/class/net" / defaults[0] / "wireless").exists() else "ethernet"
+    interface = root / "sys/class/net" / defaults[0]
+    # Newer kernels are often built without the first.
+    return "wifi" if any((interface / name).exists() for name in ("wireless", "phy80211")) else "ethernet"
 
 
 def _temperature() -> float | None:

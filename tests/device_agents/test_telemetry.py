@@ -71,6 +71,34 @@ def test_the_quota_of_the_control_group_is_told(
     assert cpu_quota(tmp_path) == expected
 
 
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/box\n", {"box/memory.max": "1000000", "box/memory.current": "300000"}, (1_000_000, 750_000)),
+        (
+            "2:memory:/box\n0::/\n",
+            {"memory/box/memory.limit_in_bytes": "1000000", "memory/box/memory.usage_in_bytes": "300000"},
+            (1_000_000, 750_000),
+        ),
+        ("0::/box\n", {"box/memory.max": "max", "box/memory.current": "300000"}, None),
+        ("2:cpu:/box\n", {"memory/box/memory.limit_in_bytes": "1000000"}, None),
+    ],
+    ids=["v2", "v1", "v2 unlimited", "of no memory"],
+)
+def test_memory_is_that_of_the_control_group(
+    tmp_path: Path, groups: str, files: dict[str, str], expected: tuple[int, int] | None
+) -> None:
+    write(tmp_path, "proc/self/cgroup", groups)
+    for path, text in files.items():
+        write(tmp_path, f"sys/fs/cgroup/{path}", f"{text}\n")
+        write(tmp_path, f"sys/fs/cgroup/{Path(path).parent}/memory.stat", "anon 100\ninactive_file 50000\n")
+    found = hardware(tmp_path).memory_bytes, TelemetryReader(tmp_path).read().memory_free_bytes
+    if expected is None:
+        assert min(found) > 1_000_000
+    else:
+        assert found == expected
+
+
 def test_the_network_is_that_of_the_default_route(tmp_path: Path) -> None:
     assert network(tmp_path) == "unknown"
     write(tmp_path, "proc/net/route", "Iface Destination Gateway\nlo 0000007F 00\n")
@@ -79,8 +107,10 @@ def test_the_network_is_that_of_the_default_route(tmp_path: Path) -> None:
     assert network(tmp_path) == "metered"
     write(tmp_path, "proc/net/route", "Iface Destination Gateway\nwlan0 00000000 01\nlo 0000007F 00\n")
     assert network(tmp_path) == "ethernet"
-    (tmp_path / "sys/class/net/wlan0/wireless").mkdir(parents=True)
-    assert network(tmp_path) == "wifi"
+    for name in ("phy80211", "wireless"):
+        (tmp_path / "sys/class/net/wlan0" / name).mkdir(parents=True)
+        assert network(tmp_path) == "wifi"
+        (tmp_path / "sys/class/net/wlan0" / name).rmdir()
 
 
 def test_thermal_throttling_is_told_when_the_count_grows(tmp_path: Path) -> None:
