@@ -231,8 +231,10 @@ class Agent:
         return executor.infer(inputs, timeout_s=timeout_s, within_ms=within_ms)
 
     def accept_feedback(self, feedback: Feedback) -> Kept:
-        """Keeps feedback of a local app for the service, and says whether it could."""
-        kept = self.spool.put(feedback, now=self._service_now())
+        """Keeps feedback of a local app for the service, and says whether it could. It may wait for days: it is told
+        when it was given, by the clock whose offset the service knows."""
+        observed = feedback.model_copy(update={"observed_at": feedback.observed_at or self._now()})
+        kept = self.spool.put(observed, now=self._service_now())
         self.poke()
         return kept
 

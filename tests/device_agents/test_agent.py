@@ -61,6 +61,7 @@ def test_an_app_in_the_same_process_is_answered_and_rates_the_decision(agent: Ag
     assert answered.served.decision_id == "d1"
     agent.accept_feedback(Feedback(id="f1", decision_id=answered.served.decision_id, rating=0.9))
     eventually(lambda: "f1" in service.feedback)
+    assert service.feedback["f1"].observed_at == NOW
 
 
 def test_a_served_decision_is_reported_with_its_profile_and_outcome(agent: Agent, service: FakeService) -> None:
