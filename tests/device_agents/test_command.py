@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import httpx
 import onnx
 import pytest
 
-from device_agents.__main__ import main
+from device_agents.__main__ import main, parser
 from device_agents.admission import check_inputs
+from device_agents.config import AgentConfig
 from device_agents.inference_protocol import decode_request
 from device_agents.listening import bind
 from device_agents.runtime import Session
@@ -218,6 +220,18 @@ def test_the_example_of_the_readme_fits_the_demo_s_model() -> None:
     session = Session(ROOT / "demo" / "models" / "digits-small.onnx", threads=1)
     request = decode_request(body, json_size=None, inputs=session.inputs)
     assert check_inputs(request.inputs, session) == 1
+
+
+def test_the_unit_of_the_readme_starts_the_agent_with_settings_that_exist_whatever_the_network_does() -> None:
+    readme = (ROOT / "device_agents" / "README.md").read_text()
+    (unit,) = re.findall(r"```ini\n(.+?)```", readme, re.DOTALL)
+    (start,) = re.findall(r"ExecStart=\S+/qoe-agent (.+)", unit)
+    options = parser().parse_args(start.split())
+    (example,) = re.findall(r"```toml\n(.+?)```", readme, re.DOTALL)
+    settings = set(re.findall(r"QOE_AGENT_(\w+)", unit)) | set(tomllib.loads(example))
+    assert options.config == Path("/etc/qoe-agent.toml")
+    assert {name.lower() for name in settings} <= set(AgentConfig.model_fields)
+    assert "network-online" not in unit
 
 
 @pytest.mark.parametrize("command", ["run", "enrol", "serve", "profile", "status", "credential", "doctor"])
