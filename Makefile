@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench bench-peers requirements screenshots clean
+.PHONY: help run test check bench bench-peers requirements clean
 
 PORT ?= 8000
 FRESH ?=
