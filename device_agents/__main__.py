@@ -157,7 +157,7 @@ def _run(config: AgentConfig, _: argparse.Namespace) -> int:
             accept_feedback=agent.accept_feedback,
         )
         server = QuietServer(app, sockets=[listener])
-        agent.store.save_status({"pid": os.getpid(), "serving_url": agent.serving_url, "started_at": time.time()})
+        agent.store.save_status({"serving_url": agent.serving_url, "started_at": time.time()})
         if agent.is_enrolled:
             agent.start()
         else:

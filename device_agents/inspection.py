@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
 from device_agents.client import is_loopback, require_safe, trust
 from device_agents.config import AgentConfig
@@ -46,7 +45,7 @@ def status(config: AgentConfig) -> dict[str, Any]:
     return nothing | {
         "device_id": identity.device_id if identity else None,
         "service_url": identity.service_url if identity else config.service_url,
-        "running": psutil.pid_exists(int(note["pid"])) if "pid" in note else False,
+        "running": store.is_in_use(),
         "serving_url": note.get("serving_url"),
         "desired_version_seen": store.seen_version(),
         "applications": [

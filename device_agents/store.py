@@ -125,6 +125,20 @@ class Store:
             os.close(self._lock_file)
             self._lock_file = None
 
+    def is_in_use(self) -> bool:
+        """Whether an agent's process holds the folder at this moment."""
+        try:
+            handle = os.open(self.folder / "agent.lock", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
     # -- small documents ---------------------------------------------------------------------------------------
 
     def identity(self) -> Identity | None:

@@ -100,6 +100,16 @@ def test_status_tells_of_a_fresh_folder(tmp_path: Path, capsys: pytest.CaptureFi
         assert "device_id: none yet" in capsys.readouterr().out
 
 
+def test_status_says_whether_an_agent_holds_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(tmp_path / "state", disk_budget_bytes=10**6)
+    for is_running in (False, True, False):
+        if is_running:
+            store.lock()
+        assert main(["status", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["running"] is is_running
+        store.unlock()
+
+
 def test_looking_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status"]) == 0
     assert main(["doctor", "--service-url", "http://127.0.0.1:9"]) == 1
