@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from qoe_service.catalogue import artifacts
 from qoe_service.catalogue.models import Application, Variant
 from qoe_service.catalogue.sandbox import Refused, Sandbox, Watch
+from qoe_service.errors import NotFound
 
 Z_95 = 1.959964
 FIRST_LOOK_SAMPLES = 300  # enough to choose by; the rest is measured when workers have time
@@ -119,7 +121,8 @@ def add_reference(box: Sandbox, application: Application) -> None:
     """
     first = Variant.objects.filter(application=application, base=None).order_by("pk").first()
     if first is not None:
-        box.add(REFERENCE, artifacts.open_for_reading(first.artifact_id))
+        with contextlib.suppress(NotFound):  # a model that lost its bytes can keep no other from being judged by labels
+            box.add(REFERENCE, artifacts.open_for_reading(first.artifact_id))
 
 
 def measure(box: Sandbox, request: dict[str, Any], *, watch: Watch | None = None) -> Measured:
