@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -40,6 +41,9 @@ def console(django_db_setup: None, django_db_blocker: DjangoDbBlocker) -> Iterat
             seed_fleet(now=timezone.now(), leases=6)
             yield Session(str(server.url), client.cookies["sessionid"].value)
         finally:
+            for thread in threading.enumerate():  # what still answers closes the shared connection when it ends
+                if "process_request_thread" in thread.name:
+                    thread.join(5)
             server.stop()
             call_command("flush", interactive=False, verbosity=0)
 
