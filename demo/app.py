@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from demo.inference import Failed, InferenceConnection, Refused
+from demo.processes import stopping_on
 from demo.ratings import RatingDesk, feedback_sender
 from demo.users import PERSONAS, REFUSED, Experience
 
@@ -170,10 +171,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--key-file", type=Path, help="file with the application key")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and choice of images")
     parser.add_argument("--stats", type=Path, help="file for counts, rewritten about every two seconds")
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    return run(parser.parse_args(arguments), stop)
+    return run(parser.parse_args(arguments), stopping_on(signal.SIGINT, signal.SIGTERM))
 
 
 def run(chosen: argparse.Namespace, stop: threading.Event) -> int:

@@ -27,7 +27,7 @@ from demo.grid import Bench, Choice, Model, choices, measure_device
 from demo.installation import Installation, Secrets, read_definition
 from demo.judgement import Grid, best, cpu_finding, judge, table
 from demo.preflight import CannotStart, claim, free_ports
-from demo.processes import ROOT
+from demo.processes import ROOT, stopping_on
 from demo.service import CommandFailed, Service, Stopped
 from demo.supervisor import Demo, Options
 from selector.reward import QoeFormula
@@ -46,9 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="default: var/check")
     chosen = parser.parse_args(arguments)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stopping_on(signal.SIGINT, signal.SIGTERM)
     try:
         with claim(chosen.data):
             return check(chosen.data, chosen.seconds, stop)

@@ -1,4 +1,4 @@
-"""Child processes of the demo: start each in a group of its own, restart what dies, leave nothing behind.
+"""Processes of the demo: start each in a group of its own, restart what dies, leave nothing behind, stop when told.
 
 What is started, and in which order, is in `service.py`, `devices.py` and `supervisor.py`.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -149,6 +151,25 @@ class Household:
     def _write_record(self) -> None:
         identities = [identity(child.pid) for child in self if child.pid]
         self._record.write_text(json.dumps([known for known in identities if known]))
+
+
+def stopping_on(*numbers: signal.Signals) -> threading.Event:
+    """An event that is set when this process gets one of the signals.
+
+    Its handler must not set it: it interrupts the main thread anywhere, also where that thread looks at the event and
+    holds its lock, and would wait for that lock forever. So the handler only passes on, and a thread sets it.
+    """
+    stop = threading.Event()
+    heard: queue.SimpleQueue[int] = queue.SimpleQueue()  # the one queue that may be interrupted by itself
+    for number in numbers:
+        signal.signal(number, lambda number, _: heard.put(number))
+
+    def set_when_heard() -> None:
+        heard.get()
+        stop.set()
+
+    threading.Thread(target=set_when_heard, name="signals", daemon=True).start()
+    return stop
 
 
 def identity(pid: int) -> tuple[int, float] | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from demo.devices import DEVICES, CpuLimit, Device, Errand, Site, agent_program, app_program
 from demo.installation import APPLICATIONS, Installation, Secrets
 from demo.preflight import CannotStart, check_port, check_python, check_start, claim, clear, free_ports
-from demo.processes import ROOT, Household, end_leftovers
+from demo.processes import ROOT, Household, end_leftovers, stopping_on
 from demo.service import CommandFailed, Service, Stopped
 from demo.status import StatusLine
 
@@ -53,9 +53,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def up(options: Options) -> int:
     """Run until SIGINT or SIGTERM. Returns the exit code: 0 after a stop that was asked for, 2 if it cannot start."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stopping_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
         check_python(sys.version_info[:2])
         check_start(options.is_fresh, os.environ | options.settings)

@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from demo import models
-from demo.installation import Installation, Secrets
+from demo.installation import APPLICATIONS, PASSES, Installation, Secrets
 from demo.service import Service
+
+
+def test_the_demo_has_at_least_eight_variants_to_choose_from(tmp_path: Path) -> None:
+    service = Service(tmp_path / "service", port=0)
+    installation = Installation(service, Secrets(tmp_path / "secrets"), tmp_path / "models")
+    bases = {application: len(installation.model_files(application)) for application in APPLICATIONS}
+    assert sum(count * (1 + len(PASSES[application])) for application, count in bases.items()) >= 8
 
 
 def test_every_variant_comes_as_the_file_that_the_catalogue_judged(tmp_path: Path) -> None:

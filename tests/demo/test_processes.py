@@ -20,6 +20,18 @@ PARENT = (
 )
 
 
+# Half of the time that it waits so briefly, the event's lock is held.
+WAITS_BRIEFLY = """
+import random, signal
+from demo.processes import stopping_on
+for _ in range(100):
+    stop = stopping_on(signal.SIGALRM)
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(0.001, 0.003))
+    while not stop.wait(1e-6):
+        pass
+"""
+
+
 def program(name: str, source: str) -> Program:
     return Program(name, [sys.executable, "-c", source])
 
@@ -50,6 +62,10 @@ def test_stopping_ends_descendants_and_what_ignores_the_signal(tmp_path: Path) -
     household.stop(grace_s=0.3)
     until(lambda: not any(is_alive(pid) for pid in pids))
     assert not (tmp_path / "processes.json").exists()
+
+
+def test_a_signal_is_heard_whatever_it_interrupts() -> None:
+    subprocess.run([sys.executable, "-c", WAITS_BRIEFLY], check=True, timeout=30)
 
 
 def test_what_dies_is_started_again_and_said(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def make_agent(tmp_path: Path, service: FakeService) -> Iterator[MakeAgent]:
         return made[-1]
 
     yield make
-    service.hang_up()
+    service.close()
     for agent in made:
         agent.stop()
 

@@ -117,6 +117,7 @@ class FakeService:
     log: list[str] = field(default_factory=list)
     sent_bytes: int = 0
     listeners: list[queue.Queue[str]] = field(default_factory=list)
+    is_closed: bool = False
     told: threading.Condition = field(default_factory=threading.Condition)
 
     @property
@@ -140,6 +141,11 @@ class FakeService:
         for listener in self.listeners:
             listener.put("")
         self.listeners.clear()
+
+    def close(self) -> None:
+        """The same for good: who listens anew is hung up on at once, so that no agent waits for its listener."""
+        self.is_closed = True
+        self.hang_up()
 
     def document(self) -> str:
         """The desired document as text."""
@@ -211,6 +217,8 @@ class FakeService:
         events: queue.Queue[str] = queue.Queue()
         events.put(f'event: wake\ndata: {{"version": {self.version}}}\n\n')
         self.listeners.append(events)
+        if self.is_closed:
+            events.put("")
         return httpx.Response(200, stream=_Stream(events), headers={"Content-Type": "text/event-stream"})
 
     def _batch(self, request: httpx.Request) -> httpx.Response:
