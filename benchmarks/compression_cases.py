@@ -16,6 +16,9 @@ from demo import models
 FOLDER = Path(__file__).parent / "data" / "compression"
 KINDS = ("residual", "mlp", "transformer", "recurrent")
 DEMO_CNN = "digits-large"
+# A network of the demo and how many times its channels make 10 MB. The first has 31 multiplications to a byte
+# (MobileNetV2 about 21, ResNet-18 about 39), the second 240.
+TEN_MEGABYTES = {"usual": ("digits-small", 18.8), "heavy": ("digits-large", 1.62)}
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,15 @@ def cases(folder: Path, names: Sequence[str], *, samples: int | None = None) -> 
     return found
 
 
-def demo_cnn() -> models.DemoModel:
-    """The demo's largest convolutional network."""
-    return next(each for each in models.digits_models() if each.name == DEMO_CNN)
+def demo_cnn(name: str = DEMO_CNN) -> models.DemoModel:
+    """A convolutional network of the demo, by default the largest."""
+    return next(each for each in models.digits_models() if each.name == name)
+
+
+def ten_megabytes(kind: str) -> onnx.ModelProto:
+    """A CNN of 10 MB, see ``TEN_MEGABYTES``."""
+    name, factor = TEN_MEGABYTES[kind]
+    return widened(onnx.load(demo_cnn(name).path), factor)
 
 
 def load(kind: str) -> onnx.ModelProto:

@@ -3,8 +3,9 @@
     python -m benchmarks.load < SPEC.json
 
 Open loop (``rate_rps`` given): Poisson arrivals; a request that finds all connections busy waits, and its wait counts.
-Closed loop (no rate): every connection asks again as soon as it was answered, after ``think_s``. Needs nothing but the
-standard library, so that it costs little beside the server that it measures.
+Closed loop (no rate): a connection asks again once it was answered, after ``think_s``, and after a pause when it was
+refused: asking on at once would measure how fast a server refuses. Needs nothing but the standard library, so that it
+costs little beside the server that it measures.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 GRACE_S = 1.0
+REFUSED_PAUSE_S = 0.02
 LARGEST_PART = 1 << 16  # larger ones would cost two system calls for memory each
 
 
@@ -79,6 +81,7 @@ class Connection:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.settimeout(10)
         self.due_s = 0.0
+        self.was_refused = False
         self._received = b""
 
     def send(self, request: bytes, due_s: float) -> None:
@@ -185,11 +188,12 @@ class Generator:
 
     def _count(self, connection: Connection, status: int) -> None:
         latency_ms = (time.perf_counter() - connection.due_s) * 1000
+        connection.was_refused = status in (429, 503)
         if status == 200:
             self._measured.ok += 1
             self._measured.latencies_ms.append(latency_ms)
             self._measured.in_time += latency_ms <= self._load.slo_ms
-        elif status in (429, 503):
+        elif connection.was_refused:
             self._measured.refused += 1
         else:
             self._measured.failed += 1
@@ -218,8 +222,9 @@ class Generator:
             while waiting and waiting[0][0] <= now_s and self._idle:
                 heapq.heappop(waiting)
                 self._send(time.perf_counter())
-            for _ in self._poll(waiting[0][0] - now_s if waiting else ends_s - now_s):
-                heapq.heappush(waiting, (time.perf_counter() + self._load.think_s, 0))
+            for connection in self._poll(waiting[0][0] - now_s if waiting else ends_s - now_s):
+                pause_s = max(self._load.think_s, REFUSED_PAUSE_S if connection.was_refused else 0.0)
+                heapq.heappush(waiting, (time.perf_counter() + pause_s, 0))
 
 
 def main() -> None:

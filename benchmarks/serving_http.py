@@ -26,6 +26,7 @@ from benchmarks.serving_models import DENSE, ECHO, KINDS, BenchmarkModel
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "benchmarks" / "serving_peers"
+HANDLER = "handler"  # one that returns at once
 PEERS = ("mlserver", "bentoml", "litserve", "kserve")
 SERVER_CORE, CLIENT_CORE = 0, 1
 BATCH = 16
@@ -63,7 +64,7 @@ def request_of(contestant: Contestant, model: BenchmarkModel) -> bytes:
     x = model.inputs()["x"]
     packed = base64.b64encode(x.tobytes()).decode()
     match contestant.name:
-        case "qoe-agent" | "kserve":
+        case "qoe-agent" | "kserve" | "handler":
             tensor: dict[str, object] = {"name": "x", "shape": list(x.shape), "datatype": "FP32"}
             tensor["parameters"] = {"binary_data_size": x.nbytes}
             head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
@@ -111,6 +112,8 @@ def command_of(
         case "bentoml":
             serve = ["-m", "bentoml", "serve", "bentoml_program:Onnx", "--port", str(port), "--host", "127.0.0.1"]
             return [python, *serve], variables
+        case "handler":
+            return [sys.executable, str(PROGRAMS / "handler_program.py")], variables
         case _:
             return [python, str(PROGRAMS / f"{name}_program.py")], variables
 
@@ -303,8 +306,11 @@ def compare_goodput(
 
 
 def compare_added(folder: Path, *, repetitions: int, seconds: float, quick: bool = False) -> dict[str, float]:
-    """p50 in ms of a request that costs the model nothing, one keep-alive client with pauses; medians by server."""
-    names = ["qoe-agent", *(name for name in PEERS if is_installed(name) and not quick)]
+    """p50 in ms of a request that costs the model nothing, one keep-alive client with pauses; medians by server.
+
+    Under ``handler``, that of one which returns at once: the loop, the kernel and the client alone.
+    """
+    names = [HANDLER, "qoe-agent", *(name for name in PEERS if is_installed(name) and not quick)]
     medians: dict[str, list[float]] = {name: [] for name in names}
     with contextlib.ExitStack() as stack:
         loads = {}
@@ -319,5 +325,9 @@ def compare_added(folder: Path, *, repetitions: int, seconds: float, quick: bool
                 medians[name].append(measure(load)["p50_ms"])
     for name, values in medians.items():
         spread = f"{min(values):.3f} to {max(values):.3f}"
-        print(f"  {name:<12} p50 {statistics.median(values):.3f} ms ({spread} in {len(values)} turns)", flush=True)
+        added = statistics.median(value - floor for value, floor in zip(values, medians[HANDLER], strict=True))
+        print(
+            f"  {name:<12} p50 {statistics.median(values):.3f} ms ({spread} in {len(values)} turns), {added:.3f} added",
+            flush=True,
+        )
     return {name: statistics.median(values) for name, values in medians.items()}

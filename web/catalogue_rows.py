@@ -70,6 +70,12 @@ class FamilyRow:
         return words.get(self.variant.accuracy_kind, "")
 
     @property
+    def is_of_former_data(self) -> bool:
+        """Whether the accuracy shown is the server's on data that were replaced; it is being measured anew."""
+        is_servers = self.accuracy is not None and self.accuracy.device is None
+        return is_servers and self.variant.is_judged_by_former_data
+
+    @property
     def cuts(self) -> list[Cut]:
         """In the order of the model."""
         return [

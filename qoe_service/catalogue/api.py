@@ -36,7 +36,8 @@ class ApplicationOut(Schema):
 class VariantOut(Schema):
     """One variant and what was measured about it; accuracy holds for the instruction sets named beside it.
 
-    ``accuracy_kind`` says what it is a share of; ``cuts`` where the variant can be cut in two, or why it cannot.
+    ``accuracy_kind`` says what it is a share of; ``is_judged_by_former_data`` that newer data are there to judge it by;
+    ``cuts`` where the variant can be cut in two, or why it cannot.
     """
 
     name: str
@@ -51,6 +52,7 @@ class VariantOut(Schema):
     accuracy_high: float | None
     accuracy_samples: int
     accuracy_isa: str
+    is_judged_by_former_data: bool
     memory_bytes: int
     is_selectable: bool
     cuts: list[Cut]

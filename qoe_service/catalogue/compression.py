@@ -108,7 +108,7 @@ def refine_accuracy(*, job: Job, watch: sandbox.Watch) -> Variant:
         datasets.add_to(box, job.application)
         evaluation.add_reference(box, job.application)
         measured = evaluation.measure(box, {"command": "measure", "samples": None, "seen": seen}, watch=watch)
-    evaluation.record(job.base, measured)
+    evaluation.record(job.base, measured, dataset=job.application.dataset_id)
     return job.base
 
 
@@ -120,7 +120,7 @@ def _keep(job: Job, artifact: Artifact, measured: evaluation.Measured, now: date
         application=job.application,
         artifact=artifact,
         defaults={
-            **measured.as_fields(),
+            **measured.as_fields(job.application.dataset_id),
             "base": base,
             "name": _free_name(base, job.compression_pass, artifact.digest),
             "precision": chosen.precision or base.precision,

@@ -93,8 +93,8 @@ class Measured(BaseModel):
         """Whether there is more held-out data than was measured on."""
         return self.score is not None and self.score.samples < self.score.available
 
-    def as_fields(self) -> dict[str, Any]:
-        """The columns of Variant that it fills."""
+    def as_fields(self, dataset: str | None) -> dict[str, Any]:
+        """The columns of Variant that it fills; ``dataset`` is the digest of what it was measured on."""
         fields = self.facts.model_dump(include={"inputs", "outputs", "operators"})
         details: dict[str, Any] = {"cuts": [cut.model_dump() for cut in self.cuts]}
         if self.no_cuts_because:
@@ -110,7 +110,7 @@ class Measured(BaseModel):
             "accuracy_high": high,
             "accuracy_samples": self.score.samples,
             "accuracy_isa": self.score.isa,
-            "details": {**details, "accuracy": {"kind": self.score.kind, **errors}},
+            "details": {**details, "accuracy": {"kind": self.score.kind, "dataset": dataset, **errors}},
         }
 
 
@@ -149,9 +149,9 @@ def wilson_interval(correct: int, samples: int, z: float = Z_95) -> tuple[float,
     return low, high
 
 
-def record(variant: Variant, measured: Measured) -> None:
-    """Write what was measured into an existing variant."""
-    fields = measured.as_fields()
+def record(variant: Variant, measured: Measured, *, dataset: str | None) -> None:
+    """Write what was measured, on the data set of this digest, into an existing variant."""
+    fields = measured.as_fields(dataset)
     for name, value in fields.items():
         setattr(variant, name, value)
     variant.save(update_fields=list(fields))

@@ -165,9 +165,9 @@ def _keep(
             precision=wish.precision,
             provenance={"opset": measured.facts.opset, **(wish.provenance or {})},
             created_at=now,
-            **measured.as_fields(),
+            **measured.as_fields(application.dataset_id),
         )
     else:
-        evaluation.record(variant, measured)
+        evaluation.record(variant, measured, dataset=application.dataset_id)
     jobs.queue_accuracy(variant=variant, measured=measured, now=now)
     return variant

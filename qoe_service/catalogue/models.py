@@ -142,6 +142,12 @@ class Variant(models.Model):
         """What the accuracy is a share of: top-1, regression or agreement; empty before it was measured."""
         return str(self.details.get("accuracy", {}).get("kind", ""))
 
+    @property
+    def is_judged_by_former_data(self) -> bool:
+        """Whether its accuracy was measured on a data set that its application has replaced; where unknown, not."""
+        known = self.details.get("accuracy", {}).get("dataset")
+        return known is not None and known != self.application.dataset_id
+
 
 class Work(models.Model):
     """What a worker claims, reports progress on and finishes. ``attempts`` is the fencing number of its runner."""

@@ -78,6 +78,12 @@ def test_an_accuracy_without_labels_says_what_it_is_instead(operator: Client, fa
     assert "88.0 % to 92.0 % agreement with the base model" in page
 
 
+def test_a_number_of_a_replaced_data_set_says_so(operator: Client, family: Application) -> None:
+    assert "former data set" not in text_of(operator.get(PATH))
+    Variant.objects.filter(name="wide").update(details={"accuracy": {"kind": "top-1", "dataset": "f" * 64}})
+    assert text_of(operator.get(PATH)).count("88.0 % to 92.0 % on the former data set") == 1
+
+
 def test_a_variant_shows_where_it_can_be_cut_or_why_nowhere(operator: Client, family: Application) -> None:
     first = {"tensor": "pool", "dtype": "uint8", "shape": [128], "bytes": 128, "flops_before": 1e6, "flops_after": 3e6}
     second = {**first, "tensor": "rows", "bytes": 64, "flops_before": 3e6, "flops_after": 1e6}

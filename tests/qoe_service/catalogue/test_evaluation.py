@@ -104,9 +104,12 @@ def test_new_data_without_labels_asks_for_agreement_with_a_base_that_is_measured
         imports.import_model(application=application, path=path, name=name, now=NOW)
     assert [each.accuracy for each in Variant.objects.order_by("pk")] == [1.0, 0.0]
     retirement.retire(variant=Variant.objects.get(name="dense"), actor="ada", now=NOW)
+    assert not any(each.is_judged_by_former_data for each in application.variants.all())
     application_data.replace(application=application, dataset=without)
+    assert all(each.is_judged_by_former_data for each in application.variants.all())
     jobs.queue_all_accuracies(application=application, now=NOW)
     ended = compression.run(job_id=jobs.runnable(now=NOW)[0], clock=lambda: NOW)
     assert ended is not None
     assert ended.result is not None
     assert (ended.result.accuracy, ended.result.details["accuracy"]["kind"]) == (0.0, "agreement")
+    assert not ended.result.is_judged_by_former_data
