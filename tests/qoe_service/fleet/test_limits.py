@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from django.conf import LazySettings
 from django.core.cache import cache
+from redis import Redis
 
 from qoe_service.errors import TooManyRequests
 from qoe_service.fleet import limits
 from tests.builders import NOW
 from tests.qoe_service import calls
+from tests.system.backends import free_port, private_redis
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +51,24 @@ def test_enrolments_are_counted_by_the_address_that_the_proxy_saw(
     assert answers == statuses
 
 
-def test_without_its_cache_nobody_is_kept_out(settings: LazySettings, caplog: pytest.LogCaptureFixture) -> None:
-    settings.CACHES = {
-        "default": {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": "redis://127.0.0.1:1"}
-    }
+def test_web_processes_that_share_redis_share_the_count(settings: LazySettings, tmp_path: Path) -> None:
+    port = free_port()
+    with private_redis(tmp_path, port) as is_there:
+        if not is_there:
+            pytest.skip("redis-server is not here")
+        settings.REDIS_URL = f"redis://127.0.0.1:{port}/0"
+        limits.take(caller="device:a", limit=2, now=NOW)
+        with Redis(port=port) as redis:  # as another process counts
+            (key,) = redis.keys("limit:*")
+            assert 60 < redis.ttl(key) <= 120
+            redis.incr(key)
+        with pytest.raises(TooManyRequests):
+            limits.take(caller="device:a", limit=2, now=NOW)
+        limits.take(caller="device:b", limit=2, now=NOW)
+
+
+def test_without_redis_nobody_is_kept_out(settings: LazySettings, caplog: pytest.LogCaptureFixture) -> None:
+    settings.REDIS_URL = "redis://127.0.0.1:1"
     for _ in range(3):
         limits.take(caller="device:a", limit=1, now=NOW)
-    assert caplog.text.count("cache is away") == 1
+    assert caplog.text.count("Redis is away") == 1
