@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 from datetime import datetime
+from typing import cast
 
 from django.conf import settings
 from django.core.cache import cache
@@ -64,7 +65,7 @@ def _redis(url: str) -> Redis:
 
 
 def _count_in_redis(redis: Redis, key: str) -> int:
-    count = int(redis.execute_command("INCR", key))
+    count = cast(int, redis.incr(key))
     if count == 1:
         redis.expire(key, 2 * WINDOW_S)
     return count

@@ -128,4 +128,5 @@ def _variants(assignments: Iterable[Assignment]) -> Variants:
         chosen = each.decision.variant_digest if each.decision else ""
         wanted |= {chosen, each.last_good_digest, each.application.baseline_digest}
     rows = Variant.objects.filter(artifact__in=wanted - {""}).select_related("artifact")
+    rows = rows.only("application_id", "name", "artifact__size_bytes")  # a variant also holds all that was measured
     return {(row.application_id, row.artifact_id): row for row in rows}
