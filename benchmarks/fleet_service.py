@@ -139,9 +139,10 @@ def _change(how: str) -> None:
     at_s: dict[str, float] = {}
     if how == "at_once":
         with transaction.atomic():
+            # First of all that follows the commit: wake-ups are sent by what comes after it.
+            transaction.on_commit(lambda: at_s.update(dict.fromkeys(devices, time.monotonic())))
             for device in devices:
                 changes.announce(device_id=device, now=now)
-        at_s = dict.fromkeys(devices, time.monotonic())
     else:
         for device in devices:
             with transaction.atomic():
