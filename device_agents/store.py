@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +37,7 @@ logger = logging.getLogger("qoe_agent.store")
 OUTCOMES_KEPT = 64
 ATTEMPTS_KEPT = 32
 CANCEL_TICK_S = 0.1
+LOCK_TRIES, LOCK_PAUSE_S = 10, 0.01
 
 AnyMessage = TypeVar("AnyMessage", bound=BaseModel)
 
@@ -111,13 +113,20 @@ class Store:
 
     def lock(self) -> None:
         """Claims the folder; raises BadConfiguration when another agent holds it. Ends with the process."""
-        self._lock_file = os.open(self.folder / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock_file)
-            self._lock_file = None
-            raise BadConfiguration(f"another agent uses the state folder {self.folder}") from error
+        handle = os.open(self.folder / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(LOCK_PAUSE_S)  # who only asks whether the folder is in use holds it for a moment too
+            except OSError as error:
+                os.close(handle)
+                raise BadConfiguration(f"state_dir {self.folder} cannot be locked: {error.strerror}") from error
+            else:
+                self._lock_file = handle
+                return
+        os.close(handle)
+        raise BadConfiguration(f"another agent uses the state folder {self.folder}")
 
     def unlock(self) -> None:
         """Releases the folder."""

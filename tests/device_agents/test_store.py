@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,20 @@ def test_two_agents_cannot_share_a_folder(store: Store, tmp_path: Path) -> None:
     store.unlock()
     other.lock()
     other.unlock()
+
+
+def test_asking_whether_a_folder_is_in_use_keeps_no_agent_from_it(store: Store) -> None:
+    store.lock()
+    store.unlock()
+    handle = os.open(store.folder / "agent.lock", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)  # as `qoe-agent status` does for a moment
+    asked = threading.Timer(0.03, os.close, (handle,))
+    asked.start()
+    store.lock()
+    asked.join()
+    assert store.is_in_use()
+    store.unlock()
+    assert not store.is_in_use()
 
 
 def test_room_is_made_by_evicting_what_was_used_longest_ago(tmp_path: Path) -> None:
