@@ -29,7 +29,6 @@ import psutil
 
 from benchmarks.serving_control import compare as compare_control
 from benchmarks.serving_http import (
-    HANDLER,
     PEERS,
     Contestant,
     compare_added,
@@ -244,8 +243,8 @@ def run(part: str, folder: Path, *, models: Sequence[BenchmarkModel], quick: boo
         case "http":
             return compare_goodput(folder, models=models or KINDS, seconds=2.5)
         case "added":
-            found = compare_added(folder, repetitions=1 if quick else 5, seconds=1.0 if quick else 2.0, quick=quick)
-            return {"http_added_ms_p50": found["qoe-agent"] - found[HANDLER], "http_ms_p50": found["qoe-agent"]}
+            added = compare_added(folder, repetitions=1 if quick else 5, seconds=1.0 if quick else 2.0, quick=quick)
+            return {**added}
         case "control":
             return compare_control(
                 models or ((DENSE,) if quick else (DENSE, CONV)),

@@ -308,7 +308,7 @@ def compare_goodput(
 def compare_added(folder: Path, *, repetitions: int, seconds: float, quick: bool = False) -> dict[str, float]:
     """p50 in ms of a request that costs the model nothing, one keep-alive client with pauses; medians by server.
 
-    Under ``handler``, that of one which returns at once: the loop, the kernel and the client alone.
+    Added is what a server takes longer than a handler that returns at once: the loop, the kernel and the client alone.
     """
     names = [HANDLER, "qoe-agent", *(name for name in PEERS if is_installed(name) and not quick)]
     medians: dict[str, list[float]] = {name: [] for name in names}
@@ -323,11 +323,12 @@ def compare_added(folder: Path, *, repetitions: int, seconds: float, quick: bool
         for _ in range(repetitions):
             for name, load in loads.items():
                 medians[name].append(measure(load)["p50_ms"])
+    added = {
+        name: statistics.median(value - floor for value, floor in zip(values, medians[HANDLER], strict=True))
+        for name, values in medians.items()
+    }
     for name, values in medians.items():
         spread = f"{min(values):.3f} to {max(values):.3f}"
-        added = statistics.median(value - floor for value, floor in zip(values, medians[HANDLER], strict=True))
-        print(
-            f"  {name:<12} p50 {statistics.median(values):.3f} ms ({spread} in {len(values)} turns), {added:.3f} added",
-            flush=True,
-        )
-    return {name: statistics.median(values) for name, values in medians.items()}
+        said = f"p50 {statistics.median(values):.3f} ms ({spread} in {len(values)} turns)"
+        print(f"  {name:<12} {said}, {added[name]:.3f} added", flush=True)
+    return {"http_added_ms_p50": added["qoe-agent"], "http_ms_p50": statistics.median(medians["qoe-agent"])}

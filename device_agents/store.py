@@ -37,7 +37,7 @@ logger = logging.getLogger("qoe_agent.store")
 OUTCOMES_KEPT = 64
 ATTEMPTS_KEPT = 32
 CANCEL_TICK_S = 0.1
-LOCK_TRIES, LOCK_PAUSE_S = 10, 0.01
+LOCK_TRIES, LOCK_PAUSE_S = 50, 0.01
 
 AnyMessage = TypeVar("AnyMessage", bound=BaseModel)
 

@@ -71,7 +71,7 @@ class FamilyRow:
 
     @property
     def is_of_former_data(self) -> bool:
-        """Whether the accuracy shown is the server's on data that were replaced; it is being measured anew."""
+        """Whether the accuracy shown is the server's, on data that were replaced."""
         is_servers = self.accuracy is not None and self.accuracy.device is None
         return is_servers and self.variant.is_judged_by_former_data
 

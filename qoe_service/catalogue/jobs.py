@@ -71,9 +71,16 @@ def queue_all_accuracies(*, application: Application, now: datetime) -> None:
 
 
 def queue_accuracy_anew(*, variant: Variant, now: datetime) -> None:
-    """Ask for the accuracy on the data set that the application has now, unless that was asked for already."""
+    """Ask for the accuracy on the data set that the application has now, unless it was measured on it last, or will be.
+
+    A job that was done tells no more what the accuracy is of: other data may have come since, and gone again.
+    """
     parameters = {"dataset": variant.application.dataset_id}
-    queue(base=variant, compression_pass=ACCURACY, parameters=parameters, now=now)
+    with transaction.atomic():
+        if variant.accuracy_dataset != variant.application.dataset_id:
+            done = Job.objects.filter(base=variant, compression_pass=ACCURACY, after=None, state=Job.State.DONE)
+            done.filter(parameters=parameters).delete()
+        queue(base=variant, compression_pass=ACCURACY, parameters=parameters, now=now)
 
 
 def runnable(*, now: datetime) -> list[int]:

@@ -143,10 +143,15 @@ class Variant(models.Model):
         return str(self.details.get("accuracy", {}).get("kind", ""))
 
     @property
+    def accuracy_dataset(self) -> str | None:
+        """Digest of the data set that the accuracy was measured on; None where that was not kept."""
+        known: str | None = self.details.get("accuracy", {}).get("dataset")
+        return known
+
+    @property
     def is_judged_by_former_data(self) -> bool:
         """Whether its accuracy was measured on a data set that its application has replaced; where unknown, not."""
-        known = self.details.get("accuracy", {}).get("dataset")
-        return known is not None and known != self.application.dataset_id
+        return self.accuracy_dataset is not None and self.accuracy_dataset != self.application.dataset_id
 
 
 class Work(models.Model):

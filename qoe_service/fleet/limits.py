@@ -20,6 +20,7 @@ from qoe_service.errors import TooManyRequests
 
 logger = logging.getLogger(__name__)
 WINDOW_S = 60
+_away: set[str] = set()  # the Redis that did not answer last time: an outage is logged once
 
 
 def take(*, caller: str, limit: int, now: datetime) -> None:
@@ -31,12 +32,6 @@ def take(*, caller: str, limit: int, now: datetime) -> None:
         )
 
 
-class _Shared:
-    """Whether Redis answered last time, so that an outage is logged once."""
-
-    is_away = False
-
-
 def _count(key: str) -> int:
     if not settings.REDIS_URL:
         return _count_here(key)
@@ -44,11 +39,11 @@ def _count(key: str) -> int:
         count = _count_in_redis(_redis(settings.REDIS_URL), key)
     except RedisError as error:
         # A Redis that is away must not keep devices out: feedback matters more than fairness.
-        if not _Shared.is_away:
+        if settings.REDIS_URL not in _away:
             logger.warning("rate limits are off: Redis is away error=%s", error)
-        _Shared.is_away = True
+        _away.add(settings.REDIS_URL)
         return 0
-    _Shared.is_away = False
+    _away.discard(settings.REDIS_URL)
     return count
 
 

@@ -45,7 +45,7 @@ def test_processes_that_start_together_share_one_whole_secret_key(
 def test_a_redis_that_hangs_holds_nobody_up_for_long(tmp_path: Path) -> None:
     program = (
         "from qoe_service import settings as s\n"
-        "for options in (s.CACHES['default']['OPTIONS'], s.CELERY_BROKER_TRANSPORT_OPTIONS):\n"
+        "for options in (s.REDIS_TIMEOUTS_S, s.CELERY_BROKER_TRANSPORT_OPTIONS):\n"
         "    print(options['socket_timeout'], options['socket_connect_timeout'])"
     )
     environment = {**os.environ, "REDIS_URL": "redis://127.0.0.1:1/0", "DATA_DIR": str(tmp_path)}

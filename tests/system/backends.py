@@ -52,7 +52,10 @@ def private_redis(folder: Path, port: int) -> Iterator[bool]:
     arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
     with subprocess.Popen([executable, *arguments], stdout=subprocess.DEVNULL) as redis:
         try:
-            while redis.poll() is None and not is_listening(port):
+            deadline_s = time.monotonic() + 10
+            while not is_listening(port):
+                assert redis.poll() is None, "redis-server ended at once"
+                assert time.monotonic() < deadline_s, "redis-server does not listen"
                 time.sleep(0.02)
             yield True
         finally:

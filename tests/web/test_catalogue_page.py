@@ -11,6 +11,7 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
+from qoe_service.catalogue import retirement
 from qoe_service.catalogue.models import Application, Job, ProfilingJob, Upload, Variant
 from qoe_service.decisions.models import Ban
 from qoe_service.fleet.models import AuditEntry, Device
@@ -81,7 +82,11 @@ def test_an_accuracy_without_labels_says_what_it_is_instead(operator: Client, fa
 def test_a_number_of_a_replaced_data_set_says_so(operator: Client, family: Application) -> None:
     assert "former data set" not in text_of(operator.get(PATH))
     Variant.objects.filter(name="wide").update(details={"accuracy": {"kind": "top-1", "dataset": "f" * 64}})
-    assert text_of(operator.get(PATH)).count("88.0 % to 92.0 % on the former data set") == 1
+    page = text_of(operator.get(PATH))
+    assert page.count("88.0 % to 92.0 % on the former data set") == 1
+    assert "on the former data set" in text_of(operator.get("/applications/digits/"))
+    retirement.retire(variant=Variant.objects.get(name="wide"), actor="ada", now=NOW)
+    assert "90.0 % on the former data set · retired" in text_of(operator.get(PATH))
 
 
 def test_a_variant_shows_where_it_can_be_cut_or_why_nowhere(operator: Client, family: Application) -> None:

@@ -37,12 +37,14 @@ def test_a_variant_says_what_its_accuracy_is_a_share_of_and_where_it_can_be_cut(
     cut = {"tensor": "pool", "dtype": "uint8", "shape": [8, 4, 4], "bytes": 128}
     cut |= {"flops_before": 1e6, "flops_after": 2e6}
     application = make_application()
-    make_variant(application, "cut", details={"accuracy": {"kind": "agreement"}, "cuts": [cut]})
+    judged = {"kind": "agreement", "dataset": "f" * 64}  # which the application has no more
+    make_variant(application, "cut", details={"accuracy": judged, "cuts": [cut]})
     make_variant(application, "uncut", details={"cuts": [], "no_cuts_because": "models of 2 GiB and more are not cut"})
     make_application_key()
     first, second = Client().get("/api/v1/applications/digits/variants", headers=BY_KEY).json()
     assert (first["accuracy_kind"], first["cuts"], first["no_cuts_because"]) == ("agreement", [cut], "")
     assert (second["accuracy_kind"], second["cuts"]) == ("", [])
+    assert (first["is_judged_by_former_data"], second["is_judged_by_former_data"]) == (True, False)
     assert second["no_cuts_because"] == "models of 2 GiB and more are not cut"
 
 

@@ -89,6 +89,23 @@ def test_what_comes_back_is_measured_on_the_data_that_came_meanwhile() -> None:
 
 
 @pytest.mark.django_db
+def test_data_that_come_back_are_measured_on_again() -> None:
+    first, second = (artifacts.store(io.BytesIO(content), now=NOW) for content in (b"first", b"second"))
+    application = make_application("quarters", dataset=first)
+    variant = make_variant(application, "dense", details={"accuracy": {"kind": "top-1", "dataset": first.pk}})
+    for dataset in (second, first, second):
+        application_data.replace(application=application, dataset=dataset)
+        jobs.queue_all_accuracies(application=application, now=NOW)
+        job = Job.objects.get(state=Job.State.QUEUED)
+        assert job.parameters == {"dataset": dataset.pk}
+        jobs.queue_all_accuracies(application=application, now=NOW)
+        assert Job.objects.filter(state=Job.State.QUEUED).count() == 1
+        variant.details["accuracy"]["dataset"] = dataset.pk  # as a worker that has measured
+        variant.save(update_fields=["details"])
+        Job.objects.filter(pk=job.pk).update(state=Job.State.DONE)
+
+
+@pytest.mark.django_db
 @pytest.mark.usefixtures("quick_profiler")
 def test_new_data_without_labels_asks_for_agreement_with_a_base_that_is_measured_no_more(tmp_path: Path) -> None:
     with_labels, without = (
