@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+from django.core.cache import cache
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered() -> Iterator[None]:
+    """What one test's database held must not be remembered in the next."""
+    yield
+    cache.clear()
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -73,8 +73,11 @@ def _spend_token(secret: str, now: datetime) -> EnrolmentToken:
 def find_device(*, credential: str) -> Device | None:
     """The device that this credential was issued to, revoked or not."""
     stored = sha256_of(credential)
-    device = Device.objects.filter(credential_sha256=stored).first()
-    return device if device is not None and is_same(device.credential_sha256, stored) else None
+    try:
+        device = Device.objects.get(credential_sha256=stored)
+    except Device.DoesNotExist:
+        return None
+    return device if is_same(device.credential_sha256, stored) else None
 
 
 def authenticate_device(*, credential: str) -> Device:

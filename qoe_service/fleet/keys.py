@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from django.core.cache import cache
 from django.db import transaction
 from django.db.models import Count
 
@@ -16,6 +17,10 @@ from qoe_service.errors import NotAuthenticated, NotFound
 from qoe_service.fleet import audit
 from qoe_service.fleet.models import ApplicationKey, SigningKey
 from qoe_service.fleet.secrets import is_same, new_secret, sha256_of
+
+# A fleet may ask for hundreds of signatures a second. A key that another process made or retired counts so much later.
+REMEMBERED_S = 1.0
+_REMEMBERED = "signing-keys"
 
 
 def issue_application_key(*, application: str, label: str, actor: str, now: datetime) -> str:
@@ -58,6 +63,7 @@ def create_signing_key(*, actor: str, now: datetime) -> SigningKey:
             created_at=now,
         )
         audit.record(actor=actor, verb="create_signing_key", subject=f"signing-key:{key.key_id}", now=now)
+    cache.delete(_REMEMBERED)
     return key
 
 
@@ -71,6 +77,7 @@ def retire_signing_key(*, key_id: str, actor: str, now: datetime) -> None:
             audit.record(actor=actor, verb="retire_signing_key", subject=f"signing-key:{key_id}", now=now)
         elif not SigningKey.objects.filter(key_id=key_id).exists():
             raise NotFound(f"no signing key {key_id}", field="key_id")
+    cache.delete(_REMEMBERED)
 
 
 def signing_keys(*, now: datetime) -> list[SigningKey]:
@@ -107,8 +114,11 @@ def newer_keys(*, known_version: int | None, now: datetime) -> SignedKeySet | No
 
 
 def sign(*, text: str, now: datetime) -> tuple[Signature, ...]:
-    """One signature by each key in use, so that a device finds one it trusts while keys rotate."""
-    return _signatures(text, signing_keys(now=now))
+    """One signature by each key in use, so that a device finds one it trusts while keys rotate.
+
+    The keys are remembered for ``REMEMBERED_S``.
+    """
+    return _signatures(text, cache.get_or_set(_REMEMBERED, lambda: signing_keys(now=now), REMEMBERED_S))
 
 
 def _signatures(text: str, keys: Iterable[SigningKey]) -> tuple[Signature, ...]:

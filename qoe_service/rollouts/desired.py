@@ -34,7 +34,10 @@ _READ = (
 
 def version_of(*, device_id: str) -> int:
     """The version of the device's desired document; 0 before anything was decided."""
-    return DesiredVersion.objects.filter(device=device_id).values_list("version", flat=True).first() or 0
+    try:
+        return DesiredVersion.objects.values_list("version", flat=True).get(device=device_id)
+    except DesiredVersion.DoesNotExist:
+        return 0
 
 
 def etag_of(version: int) -> str:
@@ -60,6 +63,7 @@ def document(*, device: Device, version: int, now: datetime) -> DesiredState:
     ``version`` was read before: a change since then shows under the old version, and comes once more.
     """
     assignments = Assignment.objects.filter(device=device).select_related("decision", "application").only(*_READ)
+    assignments = assignments.order_by("application_id")  # by default a device's name comes first: one join more
     decided = [(each, each.decision) for each in assignments if each.decision is not None]
     variants = _variants(each for each, _ in decided)
     return DesiredState(
@@ -127,6 +131,6 @@ def _variants(assignments: Iterable[Assignment]) -> Variants:
     for each in assignments:
         chosen = each.decision.variant_digest if each.decision else ""
         wanted |= {chosen, each.last_good_digest, each.application.baseline_digest}
-    rows = Variant.objects.filter(artifact__in=wanted - {""}).select_related("artifact")
+    rows = Variant.objects.filter(artifact__in=wanted - {""}).select_related("artifact").order_by()
     rows = rows.only("application_id", "name", "artifact__size_bytes")  # a variant also holds all that was measured
     return {(row.application_id, row.artifact_id): row for row in rows}

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import base64
+import time
 
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from pytest_django import DjangoAssertNumQueries
 
 from device_agents.wire import KeySet, Signature, TrustedKey
 from qoe_service.errors import NotAuthenticated
@@ -38,6 +40,26 @@ def test_while_keys_rotate_a_device_that_knows_only_the_old_one_still_trusts() -
     assert len(keys.trusted_keys(now=NOW)) == 2
     keys.retire_signing_key(key_id=old.key_id, actor="anna", now=NOW)
     assert [each.key_id for each in keys.sign(text="x", now=NOW)] == [new.key_id]
+
+
+def test_a_fleet_that_looks_at_once_is_signed_for_without_a_look_at_the_keys_each_time(
+    django_assert_num_queries: DjangoAssertNumQueries,
+) -> None:
+    keys.create_signing_key(actor="anna", now=NOW)
+    first = keys.sign(text="x", now=NOW)
+    with django_assert_num_queries(0):
+        assert keys.sign(text="x", now=NOW) == first
+
+
+def test_a_key_that_another_process_made_signs_after_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "REMEMBERED_S", 0.05)
+    before = keys.sign(text="x", now=NOW)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("django.core.cache.cache.delete", lambda _: True)
+        keys.create_signing_key(actor="anna", now=NOW)
+    assert keys.sign(text="x", now=NOW) == before
+    time.sleep(0.06)
+    assert len(keys.sign(text="x", now=NOW)) == 2
 
 
 def test_a_device_learns_of_newer_keys_and_one_that_missed_several_changes_does_too() -> None:
