@@ -100,7 +100,11 @@ def rebuilt(*, variant: Variant) -> str:
 
 def refine_accuracy(*, job: Job, watch: sandbox.Watch) -> Variant:
     """Measure a variant on all held-out data that it was not measured on before. Raises sandbox.Refused or
-    sandbox.Cancelled."""
+    sandbox.Cancelled.
+
+    Where the data set was replaced meanwhile the variant keeps its number: it is of the very data set that came back,
+    or another job measures it.
+    """
     is_same_data = job.parameters["dataset"] == job.application.dataset_id
     seen = job.parameters.get("seen") if is_same_data else None
     with sandbox.opened() as box:
@@ -108,7 +112,9 @@ def refine_accuracy(*, job: Job, watch: sandbox.Watch) -> Variant:
         datasets.add_to(box, job.application)
         evaluation.add_reference(box, job.application)
         measured = evaluation.measure(box, {"command": "measure", "samples": None, "seen": seen}, watch=watch)
-    evaluation.record(job.base, measured, dataset=job.application.dataset_id)
+    with transaction.atomic():
+        if datasets.in_use(job.application) == job.application.dataset_id:
+            evaluation.record(job.base, measured, dataset=job.application.dataset_id)
     return job.base
 
 

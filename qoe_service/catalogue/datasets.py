@@ -49,6 +49,11 @@ def replace(*, application: Application, dataset: Artifact) -> bool:
     return is_new
 
 
+def in_use(application: Application) -> str | None:
+    """Digest of the data set that the application has now, and keeps until the caller's transaction ends."""
+    return Application.objects.select_for_update().values_list("dataset_id", flat=True).get(pk=application.pk)
+
+
 def add_to(box: sandbox.Sandbox, application: Application) -> None:
     """Put the application's data set into a sandbox, if it has one."""
     if application.dataset_id:

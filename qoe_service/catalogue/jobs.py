@@ -12,7 +12,7 @@ from django.conf import settings
 from django.db import transaction
 from django.db.models import BooleanField, ExpressionWrapper, Q
 
-from qoe_service.catalogue import claims
+from qoe_service.catalogue import claims, datasets
 from qoe_service.catalogue.evaluation import Measured
 from qoe_service.catalogue.models import Application, Job, Variant
 from qoe_service.catalogue.passes import CompressionPass
@@ -58,10 +58,14 @@ def queue_chains(*, base: Variant, chains: Iterable[Sequence[CompressionPass]], 
 
 
 def queue_accuracy(*, variant: Variant, measured: Measured, now: datetime) -> None:
-    """Ask for the accuracy on all held-out data, where only a part was looked at so far."""
-    if measured.score is not None and measured.is_first_look:
-        parameters = {"dataset": variant.application.dataset_id, "seen": measured.score.as_seen()}
-        queue(base=variant, compression_pass=ACCURACY, parameters=parameters, now=now)
+    """Ask for the accuracy on all held-out data, where a part was looked at so far or other data came meanwhile."""
+    with transaction.atomic():
+        dataset = datasets.in_use(variant.application)
+        if variant.accuracy_dataset not in (None, dataset):
+            queue_accuracy_anew(variant=variant, now=now)
+        elif measured.score is not None and measured.is_first_look:
+            parameters = {"dataset": dataset, "seen": measured.score.as_seen()}
+            queue(base=variant, compression_pass=ACCURACY, parameters=parameters, now=now)
 
 
 def queue_all_accuracies(*, application: Application, now: datetime) -> None:
@@ -75,9 +79,9 @@ def queue_accuracy_anew(*, variant: Variant, now: datetime) -> None:
 
     A job that was done tells no more what the accuracy is of: other data may have come since, and gone again.
     """
-    parameters = {"dataset": variant.application.dataset_id}
     with transaction.atomic():
-        if variant.accuracy_dataset != variant.application.dataset_id:
+        parameters = {"dataset": datasets.in_use(variant.application)}
+        if variant.accuracy_dataset != parameters["dataset"]:
             done = Job.objects.filter(base=variant, compression_pass=ACCURACY, after=None, state=Job.State.DONE)
             done.filter(parameters=parameters).delete()
         queue(base=variant, compression_pass=ACCURACY, parameters=parameters, now=now)

@@ -10,11 +10,20 @@ from onnx import numpy_helper
 
 from qoe_service.catalogue import artifacts, compression, imports, jobs, retirement
 from qoe_service.catalogue import datasets as application_data
+from qoe_service.catalogue import evaluation as measuring
 from qoe_service.catalogue.evaluation import wilson_interval
-from qoe_service.catalogue.models import Job, Variant
+from qoe_service.catalogue.models import Application, Artifact, Job, Variant
 from qoe_service.catalogue.sandboxed import checks, datasets, evaluation
 from tests.builders import NOW, make_application, make_variant
 from tests.qoe_service.catalogue.tiny_models import dense_model, pictures, quarters, write_data, write_model
+
+
+def with_and_without_labels(folder: Path) -> tuple[Artifact, Artifact]:
+    """Two data sets of one application."""
+    return (
+        artifacts.store(write_data(folder / "with.npz"), now=NOW),
+        artifacts.store(write_data(folder / "without.npz", heldout_labels=None), now=NOW),
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,11 +116,70 @@ def test_data_that_come_back_are_measured_on_again() -> None:
 
 @pytest.mark.django_db
 @pytest.mark.usefixtures("quick_profiler")
+def test_data_that_come_back_while_a_variant_is_measured_on_others_leave_it_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = with_and_without_labels(tmp_path)
+    application = make_application("quarters", dataset=first)
+    path = write_model(tmp_path / "dense.onnx", dense_model())
+    imports.import_model(application=application, path=path, name="dense", now=NOW)
+    for dataset in (second, first):
+        application_data.replace(application=application, dataset=dataset)
+        jobs.queue_all_accuracies(application=application, now=NOW)
+        compression.run(job_id=jobs.runnable(now=NOW)[0], clock=lambda: NOW)
+    application_data.replace(application=application, dataset=second)
+    jobs.queue_all_accuracies(application=application, now=NOW)
+    measure = measuring.measure
+
+    def measured_while_the_first_come_back(*args: Any, **options: Any) -> measuring.Measured:
+        measured = measure(*args, **options)
+        again = Application.objects.get()
+        application_data.replace(application=again, dataset=first)
+        jobs.queue_all_accuracies(application=again, now=NOW)
+        return measured
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(measuring, "measure", measured_while_the_first_come_back)
+        ended = compression.run(job_id=jobs.runnable(now=NOW)[0], clock=lambda: NOW)
+    assert ended is not None
+    assert ended.state == Job.State.DONE
+    while waiting := jobs.runnable(now=NOW):
+        compression.run(job_id=waiting[0], clock=lambda: NOW)
+    variant = Variant.objects.get()
+    assert (variant.accuracy_kind, variant.accuracy_dataset) == ("top-1", first.pk)
+    application_data.replace(application=Application.objects.get(), dataset=second)
+    jobs.queue_all_accuracies(application=Application.objects.get(), now=NOW)
+    compression.run(job_id=jobs.runnable(now=NOW)[0], clock=lambda: NOW)
+    assert Variant.objects.get().accuracy_dataset == second.pk
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("quick_profiler")
+def test_a_variant_that_was_made_while_the_data_were_replaced_is_measured_on_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = with_and_without_labels(tmp_path)
+    application = make_application("quarters", dataset=first)
+    path = write_model(tmp_path / "dense.onnx", dense_model())
+    measure = measuring.measure
+
+    def measured_while_others_come(*args: Any, **options: Any) -> measuring.Measured:
+        measured = measure(*args, **options)
+        application_data.replace(application=Application.objects.get(), dataset=second)
+        return measured
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(measuring, "measure", measured_while_others_come)
+        imports.import_model(application=application, path=path, name="dense", now=NOW)
+    assert Variant.objects.get().is_judged_by_former_data
+    compression.run(job_id=jobs.runnable(now=NOW)[0], clock=lambda: NOW)
+    assert Variant.objects.get().accuracy_dataset == second.pk
+
+
+@pytest.mark.django_db
+@pytest.mark.usefixtures("quick_profiler")
 def test_new_data_without_labels_asks_for_agreement_with_a_base_that_is_measured_no_more(tmp_path: Path) -> None:
-    with_labels, without = (
-        artifacts.store(write_data(tmp_path / f"{number}.npz", **replaced), now=NOW)
-        for number, replaced in enumerate(({}, {"heldout_labels": None}))
-    )
+    with_labels, without = with_and_without_labels(tmp_path)
     application = make_application("quarters", dataset=with_labels)
     turned = dense_model()
     weights = next(each for each in turned.graph.initializer if each.name == "weights")
