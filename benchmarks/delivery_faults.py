@@ -15,8 +15,9 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.delivery_device import App, Device, Watch, compiled_shim
 from benchmarks.delivery_proxy import CuttingProxy
-from benchmarks.delivery_rig import App, Device, Model, RigService, Watch, compiled_shim, decision, scaling
+from benchmarks.delivery_service import Model, RigService, decision, scaling
 from device_agents.spool import Spool
 from device_agents.wire import Components, Feedback, Outcome, UpdateState
 

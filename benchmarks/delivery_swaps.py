@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.delivery_rig import APPLICATION, ROOT, App, Device, Model, RigService, decision
+from benchmarks.delivery_device import ROOT, App, Device
+from benchmarks.delivery_service import APPLICATION, Model, RigService, decision
 from device_agents.wire import UpdateState
 
 MODELS = ROOT / "demo" / "models"

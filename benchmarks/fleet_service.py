@@ -17,7 +17,7 @@ from typing import Self
 
 import httpx
 
-from benchmarks.delivery_rig import ROOT, free_port
+from benchmarks.delivery_device import ROOT, free_port
 
 OPERATOR, PASSWORD = "benchmark", "a password for one benchmark"
 APPLICATION = "digits"
