@@ -118,7 +118,11 @@ def sign(*, text: str, now: datetime) -> tuple[Signature, ...]:
 
     The keys are remembered for ``REMEMBERED_S``.
     """
-    return _signatures(text, cache.get_or_set(_REMEMBERED, lambda: signing_keys(now=now), REMEMBERED_S))
+    in_use: list[SigningKey] | None = cache.get(_REMEMBERED)
+    if in_use is None:
+        in_use = signing_keys(now=now)
+        cache.set(_REMEMBERED, in_use, REMEMBERED_S)
+    return _signatures(text, in_use)
 
 
 def _signatures(text: str, keys: Iterable[SigningKey]) -> tuple[Signature, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 
 from django.conf import settings
+from django.core.cache import cache
 
 from device_agents.wire import (
     DesiredApplication,
@@ -24,7 +25,8 @@ from qoe_service.fleet import keys
 from qoe_service.fleet.models import Device
 from qoe_service.rollouts.models import Assignment, DesiredVersion
 
-Variants = dict[tuple[str, str], Variant]
+REMEMBERED_S = 1.0
+Variants = Mapping[tuple[str, str], VariantReference]
 # What a document needs. A decision also holds all its candidates, which a look has no use for.
 _READ = (
     *("device_id", "last_good_digest", "decision__variant_digest", "decision__configuration", "decision__trace_id"),
@@ -87,7 +89,7 @@ def _application(assignment: Assignment, decision: Decision, variants: Variants)
         application=application.name,
         model_name=application.name,
         decision_id=decision.pk,
-        variant=_reference(variants[application.pk, decision.variant_digest]),
+        variant=variants[application.pk, decision.variant_digest],
         serving=ServingConfiguration.model_validate(decision.configuration),
         health_gate=HealthGate.model_validate(application.health_gate),
         fallback=_fallback(assignment, application, decision, variants),
@@ -104,7 +106,7 @@ def _fallback(
     for digest in (assignment.last_good_digest, application.baseline_digest):
         variant = variants.get((application.pk, digest))
         if variant is not None and digest != decision.variant_digest:
-            return _reference(variant)
+            return variant
     return None
 
 
@@ -127,10 +129,22 @@ def _placed(artifact: Artifact, name: str) -> VariantReference:
 
 
 def _variants(assignments: Iterable[Assignment]) -> Variants:
-    wanted: set[str] = set()
+    """By application and digest; remembered for ``REMEMBERED_S``, since a fleet that looks at once asks for a few."""
+    wanted: set[tuple[str, str]] = set()
     for each in assignments:
         chosen = each.decision.variant_digest if each.decision else ""
-        wanted |= {chosen, each.last_good_digest, each.application.baseline_digest}
-    rows = Variant.objects.filter(artifact__in=wanted - {""}).select_related("artifact").order_by()
-    rows = rows.only("application_id", "name", "artifact__size_bytes")  # a variant also holds all that was measured
-    return {(row.application_id, row.artifact_id): row for row in rows}
+        digests = {chosen, each.last_good_digest, each.application.baseline_digest} - {""}
+        wanted |= {(each.application_id, digest) for digest in digests}
+    keys = {pair: f"variant:{':'.join(pair)}" for pair in wanted}
+    remembered: dict[str, VariantReference] = cache.get_many(keys.values())
+    variants = {pair: remembered[key] for pair, key in keys.items() if key in remembered}
+    missing = wanted - variants.keys()
+    if missing:
+        rows = Variant.objects.filter(artifact__in={digest for _, digest in missing}).select_related("artifact")
+        # A variant also holds all that was measured.
+        rows = rows.only("application_id", "name", "artifact__size_bytes").order_by()
+        found = {(row.application_id, row.artifact_id): _reference(row) for row in rows}
+        found = {pair: found[pair] for pair in missing & found.keys()}
+        cache.set_many({keys[pair]: variant for pair, variant in found.items()}, REMEMBERED_S)
+        variants |= found
+    return variants

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from django.conf import LazySettings
-from django.core.cache import cache
 from django.test import Client
 from django.urls import URLPattern, URLResolver, get_resolver
 
@@ -20,11 +19,6 @@ from tests.qoe_service import calls
 pytestmark = pytest.mark.django_db
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "http.md").read_text()
 API_ROOT = "/api/"  # ninja's own, which answers 404
-
-
-@pytest.fixture(autouse=True)
-def _no_requests_counted_yet() -> None:
-    cache.clear()
 
 
 def routes(patterns: list[URLPattern | URLResolver], prefix: str = "/") -> Iterator[str]:

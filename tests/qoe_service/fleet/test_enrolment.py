@@ -4,7 +4,6 @@ from datetime import timedelta
 
 import pytest
 from django.conf import LazySettings
-from django.core.cache import cache
 from django.utils import timezone
 
 from device_agents.wire import EnrolmentReply
@@ -15,11 +14,6 @@ from tests.qoe_service import calls
 
 pytestmark = pytest.mark.django_db
 PATH = "/api/v1/devices/enrol"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_limits() -> None:
-    cache.clear()
 
 
 def issue(uses: int = 1, ttl_s: float | None = None) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from django.conf import LazySettings
-from django.core.cache import cache
 from redis import Redis
 
 from qoe_service.errors import TooManyRequests
@@ -15,11 +14,6 @@ from qoe_service.fleet import limits
 from tests.builders import NOW
 from tests.qoe_service import calls
 from tests.system.backends import free_port, private_redis
-
-
-@pytest.fixture(autouse=True)
-def _fresh_limits() -> None:
-    cache.clear()
 
 
 def test_a_new_minute_brings_new_requests() -> None:

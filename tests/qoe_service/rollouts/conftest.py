@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pytest
-from django.core.cache import cache
 
 from qoe_service.catalogue.models import Application, Variant
 from qoe_service.fleet.models import Device
@@ -22,11 +21,6 @@ class Site(NamedTuple):
     application: Application
     small: Variant
     large: Variant
-
-
-@pytest.fixture(autouse=True)
-def _no_requests_counted_yet() -> None:
-    cache.clear()
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from django.conf import LazySettings
+from pytest_django import DjangoAssertNumQueries
 
 from device_agents.wire import DesiredState, SignedDesired
+from qoe_service.catalogue.models import Variant
 from qoe_service.fleet import keys
 from qoe_service.rollouts import changes, desired
-from tests.builders import NOW, make_assignment, make_decision
+from tests.builders import NOW, make_application, make_assignment, make_decision
 from tests.qoe_service import calls
 from tests.qoe_service.rollouts.conftest import Site
 
@@ -93,6 +95,27 @@ def test_the_fallback_is_the_last_good_variant_or_the_baseline_but_never_the_one
     [application] = desired.document(device=site.device, version=1, now=NOW).applications
     found = application.fallback.digest if application.fallback else None
     assert found == (digests[expected] if expected else None)
+
+
+def test_a_fleet_that_looks_at_once_costs_four_queries_a_look(
+    site: Site, django_assert_num_queries: DjangoAssertNumQueries
+) -> None:
+    make_assignment(site.device, site.application, make_decision(site.device, site.application, site.small))
+    first = ask(site)
+    with django_assert_num_queries(4):  # who asks, the version, what is assigned, whether something is to be profiled
+        again = ask(site)
+    assert document(again).applications == document(first).applications
+
+
+def test_what_is_remembered_of_a_variant_is_of_its_application(site: Site) -> None:
+    other = make_application("parity")
+    artifact = site.small.artifact
+    for application in (site.application, other):
+        if application is other:
+            Variant.objects.create(application=other, artifact=artifact, name="same-file", created_at=NOW)
+        make_assignment(site.device, application, make_decision(site.device, application, site.small))
+        named = {each.application: each.variant.name for each in document(ask(site)).applications}
+    assert named == {site.application.name: site.small.name, "parity": "same-file"}
 
 
 def test_the_health_gate_is_the_applications(site: Site) -> None:
