@@ -21,9 +21,7 @@ from typing import Any, Self
 
 from benchmarks.delivery_service import APPLICATION, DEVICE_ID, WIDTH, RigService
 from device_agents.store import Identity, Record, Store
-from device_agents.wire import (
-    UpdateState,
-)
+from device_agents.wire import UpdateState
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIM = Path(__file__).with_name("device_shim.c")

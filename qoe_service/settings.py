@@ -113,7 +113,8 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 REDIS_URL = env_secret("REDIS_URL", "") or ""
 # A Redis that hangs must not hold up requests: every use of it can do without.
 REDIS_TIMEOUTS_S = {"socket_timeout": 5.0, "socket_connect_timeout": 5.0}
-# Without Redis, an entry for each caller that is limited; those thrown out would be counted anew.
+# Variants and signing keys for a second: private keys must not leave the process. Without Redis also an entry for each
+# caller that is limited; those thrown out would be counted anew.
 CACHES: dict[str, Any] = {
     "default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 100_000}}
 }

@@ -48,6 +48,7 @@ def run(*, job_id: int, clock: Callable[[], datetime], tell: Callable[[float], o
             variant = derive(job=job, watch=watch, clock=clock)
             profiles.measure_on_server(variant=variant, watch=watch, now=clock())
         jobs.finish(job=job, state=Job.State.DONE, result=variant, now=clock())
+        jobs.follow_data(variant=variant, now=clock())
     except sandbox.Refused as refusal:
         jobs.finish(job=job, state=Job.State.REFUSED, error=str(refusal), now=clock())
     except sandbox.Cancelled:
@@ -100,11 +101,7 @@ def rebuilt(*, variant: Variant) -> str:
 
 def refine_accuracy(*, job: Job, watch: sandbox.Watch) -> Variant:
     """Measure a variant on all held-out data that it was not measured on before. Raises sandbox.Refused or
-    sandbox.Cancelled.
-
-    Where the data set was replaced meanwhile the variant keeps its number: it is of the very data set that came back,
-    or another job measures it.
-    """
+    sandbox.Cancelled."""
     is_same_data = job.parameters["dataset"] == job.application.dataset_id
     seen = job.parameters.get("seen") if is_same_data else None
     with sandbox.opened() as box:
@@ -112,9 +109,7 @@ def refine_accuracy(*, job: Job, watch: sandbox.Watch) -> Variant:
         datasets.add_to(box, job.application)
         evaluation.add_reference(box, job.application)
         measured = evaluation.measure(box, {"command": "measure", "samples": None, "seen": seen}, watch=watch)
-    with transaction.atomic():
-        if datasets.in_use(job.application) == job.application.dataset_id:
-            evaluation.record(job.base, measured, dataset=job.application.dataset_id)
+    evaluation.record(job.base, measured, dataset=job.application.dataset_id)
     return job.base
 
 

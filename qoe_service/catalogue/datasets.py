@@ -43,7 +43,7 @@ def import_dataset(
 def replace(*, application: Application, dataset: Artifact) -> bool:
     """Give an application this data set; whether it is another one than before."""
     with transaction.atomic():
-        is_new = application.dataset_id != dataset.pk
+        is_new = in_use(application) != dataset.pk
         application.dataset = dataset
         application.save(update_fields=["dataset"])
     return is_new
@@ -51,7 +51,8 @@ def replace(*, application: Application, dataset: Artifact) -> bool:
 
 def in_use(application: Application) -> str | None:
     """Digest of the data set that the application has now, and keeps until the caller's transaction ends."""
-    return Application.objects.select_for_update().values_list("dataset_id", flat=True).get(pk=application.pk)
+    rows = Application.objects.select_for_update(no_key=True)
+    return rows.values_list("dataset_id", flat=True).get(pk=application.pk)
 
 
 def add_to(box: sandbox.Sandbox, application: Application) -> None:

@@ -58,14 +58,25 @@ def queue_chains(*, base: Variant, chains: Iterable[Sequence[CompressionPass]], 
 
 
 def queue_accuracy(*, variant: Variant, measured: Measured, now: datetime) -> None:
-    """Ask for the accuracy on all held-out data, where a part was looked at so far or other data came meanwhile."""
+    """Ask for the accuracy on all held-out data, where a part was looked at so far or other data came meanwhile.
+
+    ``variant.application`` is as it was when that was measured.
+    """
     with transaction.atomic():
         dataset = datasets.in_use(variant.application)
-        if variant.accuracy_dataset not in (None, dataset):
+        if dataset != variant.application.dataset_id:
             queue_accuracy_anew(variant=variant, now=now)
         elif measured.score is not None and measured.is_first_look:
             parameters = {"dataset": dataset, "seen": measured.score.as_seen()}
             queue(base=variant, compression_pass=ACCURACY, parameters=parameters, now=now)
+
+
+def follow_data(*, variant: Variant, now: datetime) -> None:
+    """Ask for the accuracy anew if the data set was replaced while a job measured: until it ended, asking changed
+    nothing."""
+    now_known = Variant.objects.select_related("application").get(pk=variant.pk)
+    if now_known.is_judged_by_former_data and now_known.retired_at is None:
+        queue_accuracy_anew(variant=now_known, now=now)
 
 
 def queue_all_accuracies(*, application: Application, now: datetime) -> None:

@@ -18,9 +18,8 @@ from qoe_service.fleet import audit
 from qoe_service.fleet.models import ApplicationKey, SigningKey
 from qoe_service.fleet.secrets import is_same, new_secret, sha256_of
 
-# A fleet may ask for hundreds of signatures a second. A key that another process made or retired counts so much later.
-REMEMBERED_S = 1.0
-_REMEMBERED = "signing-keys"
+# What was read within the present second is forgotten after so long.
+REMEMBERED_S = 2.0
 
 
 def issue_application_key(*, application: str, label: str, actor: str, now: datetime) -> str:
@@ -63,7 +62,7 @@ def create_signing_key(*, actor: str, now: datetime) -> SigningKey:
             created_at=now,
         )
         audit.record(actor=actor, verb="create_signing_key", subject=f"signing-key:{key.key_id}", now=now)
-    cache.delete(_REMEMBERED)
+    cache.delete(_place(now))
     return key
 
 
@@ -77,7 +76,7 @@ def retire_signing_key(*, key_id: str, actor: str, now: datetime) -> None:
             audit.record(actor=actor, verb="retire_signing_key", subject=f"signing-key:{key_id}", now=now)
         elif not SigningKey.objects.filter(key_id=key_id).exists():
             raise NotFound(f"no signing key {key_id}", field="key_id")
-    cache.delete(_REMEMBERED)
+    cache.delete(_place(now))
 
 
 def signing_keys(*, now: datetime) -> list[SigningKey]:
@@ -116,13 +115,18 @@ def newer_keys(*, known_version: int | None, now: datetime) -> SignedKeySet | No
 def sign(*, text: str, now: datetime) -> tuple[Signature, ...]:
     """One signature by each key in use, so that a device finds one it trusts while keys rotate.
 
-    The keys are remembered for ``REMEMBERED_S``.
+    A fleet may ask for hundreds of signatures a second, so the keys are read once in each: what another process makes
+    or retires counts so much later.
     """
-    in_use: list[SigningKey] | None = cache.get(_REMEMBERED)
+    in_use: list[SigningKey] | None = cache.get(_place(now))
     if in_use is None:
         in_use = signing_keys(now=now)
-        cache.set(_REMEMBERED, in_use, REMEMBERED_S)
+        cache.set(_place(now), in_use, REMEMBERED_S)
     return _signatures(text, in_use)
+
+
+def _place(now: datetime) -> str:
+    return f"signing-keys:{int(now.timestamp())}"
 
 
 def _signatures(text: str, keys: Iterable[SigningKey]) -> tuple[Signature, ...]:

@@ -25,7 +25,8 @@ from qoe_service.fleet import keys
 from qoe_service.fleet.models import Device
 from qoe_service.rollouts.models import Assignment, DesiredVersion
 
-REMEMBERED_S = 1.0
+# What was read within the present second is forgotten after so long.
+REMEMBERED_S = 2.0
 Variants = Mapping[tuple[str, str], VariantReference]
 # What a document needs. A decision also holds all its candidates, which a look has no use for.
 _READ = (
@@ -67,7 +68,7 @@ def document(*, device: Device, version: int, now: datetime) -> DesiredState:
     assignments = Assignment.objects.filter(device=device).select_related("decision", "application").only(*_READ)
     assignments = assignments.order_by("application_id")  # by default a device's name comes first: one join more
     decided = [(each, each.decision) for each in assignments if each.decision is not None]
-    variants = _variants(each for each, _ in decided)
+    variants = _variants((each for each, _ in decided), now)
     return DesiredState(
         version=version,
         device_id=device.pk,
@@ -128,16 +129,16 @@ def _placed(artifact: Artifact, name: str) -> VariantReference:
     return VariantReference(digest=digest, name=name, size_bytes=artifact.size_bytes, url=f"/artifacts/sha256/{digest}")
 
 
-def _variants(assignments: Iterable[Assignment]) -> Variants:
-    """By application and digest; remembered for ``REMEMBERED_S``, since a fleet that looks at once asks for a few."""
+def _variants(assignments: Iterable[Assignment], now: datetime) -> Variants:
+    """By application and digest. Each is read once a second: a fleet that looks at once asks for a few."""
     wanted: set[tuple[str, str]] = set()
     for each in assignments:
         chosen = each.decision.variant_digest if each.decision else ""
         digests = {chosen, each.last_good_digest, each.application.baseline_digest} - {""}
         wanted |= {(each.application_id, digest) for digest in digests}
-    keys = {pair: f"variant:{':'.join(pair)}" for pair in wanted}
-    remembered: dict[str, VariantReference] = cache.get_many(keys.values())
-    variants = {pair: remembered[key] for pair, key in keys.items() if key in remembered}
+    places = {pair: f"variant:{int(now.timestamp())}:{':'.join(pair)}" for pair in wanted}
+    remembered: dict[str, VariantReference] = cache.get_many(places.values())
+    variants = {pair: remembered[place] for pair, place in places.items() if place in remembered}
     missing = wanted - variants.keys()
     if missing:
         rows = Variant.objects.filter(artifact__in={digest for _, digest in missing}).select_related("artifact")
@@ -145,6 +146,6 @@ def _variants(assignments: Iterable[Assignment]) -> Variants:
         rows = rows.only("application_id", "name", "artifact__size_bytes").order_by()
         found = {(row.application_id, row.artifact_id): _reference(row) for row in rows}
         found = {pair: found[pair] for pair in missing & found.keys()}
-        cache.set_many({keys[pair]: variant for pair, variant in found.items()}, REMEMBERED_S)
+        cache.set_many({places[pair]: variant for pair, variant in found.items()}, REMEMBERED_S)
         variants |= found
     return variants

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from django.conf import LazySettings
-from django.core.cache import cache
 from django.test import Client
 from django.utils import timezone
 from prometheus_client.parser import text_string_to_metric_families
@@ -69,7 +68,6 @@ def test_a_corrupt_policy_makes_the_service_not_ready_and_is_named() -> None:
 
 
 def test_requests_are_timed_by_route_method_and_status() -> None:
-    cache.clear()
     key = ("qoe_http_request_seconds_count", "POST", "api/v1/devices/<device_id>/check-in")
     before = scrape()
     device = make_device()

@@ -11,7 +11,6 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.conf import LazySettings
 from django.contrib.auth.models import User
-from django.core.cache import cache
 from django.db import connection
 from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.test import AsyncClient
@@ -34,7 +33,6 @@ URL = f"/artifacts/sha256/{DIGEST}"
 
 @pytest.fixture(autouse=True)
 def stored() -> None:
-    cache.clear()
     make_device()
     artifacts.store(io.BytesIO(CONTENT), now=NOW)
     make_variant(make_application(), digest=DIGEST)

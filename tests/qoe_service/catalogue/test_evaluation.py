@@ -116,7 +116,7 @@ def test_data_that_come_back_are_measured_on_again() -> None:
 
 @pytest.mark.django_db
 @pytest.mark.usefixtures("quick_profiler")
-def test_data_that_come_back_while_a_variant_is_measured_on_others_leave_it_its_number(
+def test_data_that_come_back_while_a_variant_is_measured_on_others_judge_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = with_and_without_labels(tmp_path)
@@ -155,11 +155,12 @@ def test_data_that_come_back_while_a_variant_is_measured_on_others_leave_it_its_
 
 @pytest.mark.django_db
 @pytest.mark.usefixtures("quick_profiler")
-def test_a_variant_that_was_made_while_the_data_were_replaced_is_measured_on_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_data", [True, False])
+def test_a_variant_that_was_made_while_other_data_came_is_measured_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_data: bool
 ) -> None:
     first, second = with_and_without_labels(tmp_path)
-    application = make_application("quarters", dataset=first)
+    application = make_application("quarters", dataset=first if has_data else None)
     path = write_model(tmp_path / "dense.onnx", dense_model())
     measure = measuring.measure
 
@@ -171,7 +172,7 @@ def test_a_variant_that_was_made_while_the_data_were_replaced_is_measured_on_the
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(measuring, "measure", measured_while_others_come)
         imports.import_model(application=application, path=path, name="dense", now=NOW)
-    assert Variant.objects.get().is_judged_by_former_data
+    assert Variant.objects.get().accuracy_dataset != second.pk
     compression.run(job_id=jobs.runnable(now=NOW)[0], clock=lambda: NOW)
     assert Variant.objects.get().accuracy_dataset == second.pk
 
