@@ -226,7 +226,7 @@ class Executor:
         if runs:
             self._callers.clear()  # those that are not stuck see that they were replaced, and end
         for _ in runs:
-            self._end_run(served)
+            self._end_run(served.session.threads)
         return runs
 
     def wait_until_idle(self, served: ServedModel, *, timeout_s: float) -> bool:
@@ -246,15 +246,15 @@ class Executor:
     # -- callers -------------------------------------------------------------------------------------------------
 
     def _call(self, index: int) -> None:
-        while self._wait_for_work(index):
-            run, shed = self._next_run()
+        while threads := self._wait_for_work(index):
+            run, shed = self._next_run(threads)
             for waiting in shed:
                 self._fail_late(waiting)
             if run is not None:
                 self._work(run)
 
-    def _wait_for_work(self, index: int) -> bool:
-        """Sleeps until there is a run to begin, and takes the threads for it; False when this caller is to end."""
+    def _wait_for_work(self, index: int) -> int:
+        """Sleeps until there is a run to begin and takes the threads for it: how many; 0 when this caller is to end."""
         with self._lock:
             while not self._is_over(index):
                 served, scheduler = self._served, self._scheduler
@@ -269,9 +269,9 @@ class Executor:
                 if self._callers.get(index) is threading.current_thread():
                     del self._callers[index]
                 self._changed.notify()  # a surplus caller may have been the one that a new request woke
-                return False
+                return 0
         self.budget.take(threads, deadline_s=urgent_s)
-        return True
+        return threads
 
     def _urgent_s(self, served: ServedModel) -> float:
         """By when the first request should be answered, also where nothing is shed for being late."""
@@ -281,12 +281,15 @@ class Executor:
     def _is_over(self, index: int) -> bool:
         return self._is_surplus(index) or (self._is_closed and not self._queue)
 
-    def _next_run(self) -> tuple[Run | None, list[Waiting]]:
+    def _next_run(self, threads: int) -> tuple[Run | None, list[Waiting]]:
         """What to run with the threads that were taken, and what it is too late for. Gives them back for nothing."""
         with self._lock:
             served, scheduler = self._served, self._scheduler
             assert served is not None
             assert scheduler is not None
+            if served.session.threads != threads:  # exchanged while this caller waited for them
+                self._end_run(threads)
+                return None, []
             now_s = time.monotonic()
             waiting = self._queue.front(scheduler.look_ahead(), now_s=now_s)
             choice = scheduler.choose(waiting, running=self._busy - 1) if waiting else None
@@ -294,7 +297,7 @@ class Executor:
             requests = self._queue.take_joinable(choice.count) if choice else []
             if requests:
                 return self._begun(served, scheduler, requests, now_s), shed
-            self._end_run(served)
+            self._end_run(threads)
             if choice is not None and not choice.count and not shed:
                 self._changed.wait(scheduler.hold_s())
             return None, shed
@@ -318,9 +321,9 @@ class Executor:
         self._runs.setdefault(served, []).append(run)
         return run
 
-    def _end_run(self, served: ServedModel) -> None:
+    def _end_run(self, threads: int) -> None:
         self._busy -= 1
-        self.budget.give_back(served.session.threads)
+        self.budget.give_back(threads)
 
     def _work(self, run: Run) -> None:
         try:
@@ -347,7 +350,7 @@ class Executor:
             if run not in runs:  # it was given up, and its threads with it
                 return
             runs.remove(run)
-            self._end_run(run.served)
+            self._end_run(run.served.session.threads)
             if not runs:
                 del self._runs[run.served]
                 if run.served is not self._served:

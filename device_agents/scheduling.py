@@ -60,14 +60,20 @@ class Scheduler(Protocol):
 
 
 class PlainScheduler:
-    """The configuration as it stands: in order of arrival, an even share for each free caller, no deadlines."""
+    """The configuration as it stands: in order of arrival, an even share for each free caller, no deadlines but those
+    that callers bring."""
 
     version = ""
 
-    def __init__(self, configuration: ServingConfiguration, *, runs_at_once: int) -> None:
-        self._max_batch = configuration.max_batch
-        self._concurrency = min(configuration.max_concurrency, runs_at_once)
-        self._run_ms = 0.0
+    def __init__(self, configuration: ServingConfiguration, *, runs_at_once: int, times: ServiceTimes) -> None:
+        self._most_at_once = min(configuration.max_concurrency, runs_at_once)
+        self._bounds = Plan(configuration.max_batch, self._most_at_once)
+        self._learner = _Learner(times)
+
+    @property
+    def times(self) -> ServiceTimes:
+        """What was learnt of the session."""
+        return self._learner.times
 
     def deadline_s(self, now_s: float) -> float:
         """None but the caller's own."""
@@ -75,41 +81,61 @@ class PlainScheduler:
         return math.inf
 
     def expected_ms(self, *, rows_ahead: int, rows: int, running_ms: float) -> float:
-        """By the mean run of late."""
-        batches = math.ceil((rows_ahead + rows) / self._max_batch)
-        return running_ms + self._run_ms * math.ceil(batches / self._concurrency)
+        """By the lines that were learnt."""
+        return expected_ms(self.times, self._bounds, rows_ahead=rows_ahead, rows=rows, running_ms=running_ms)
 
     def concurrency(self) -> int:
         """As configured, as far as the device has threads."""
-        return self._concurrency
+        return self._most_at_once
 
     def look_ahead(self) -> int:
         """Enough for all callers."""
-        return self._max_batch * self._concurrency
+        return self._bounds.batch * self._most_at_once
 
     def choose(self, waiting: Sequence[tuple[float, int]], *, running: int) -> Choice:
-        """An even share of what waits."""
-        late = next((index for index, (slack_ms, _) in enumerate(waiting) if slack_ms > 0), len(waiting))
-        room = share_of_queue(
-            waiting_rows=sum(rows for _, rows in waiting[late:]),
-            free_callers=self._concurrency - running,
-            max_batch=self._max_batch,
-        )
-        return Choice(late, count_to_join([rows for _, rows in waiting[late:]], limit_rows=room))
+        """An even share of what can still be answered in time, and no more than lets the most urgent be in time.
+
+        One that waits alone is given up when its time is over, not when that is expected: so what to expect is learnt.
+        """
+        late = 0
+        while late < len(waiting):
+            slack_ms, rows = waiting[late]
+            if slack_ms > 0 and (len(waiting) == 1 or slack_ms >= self.predict_ms(rows, running + 1)):
+                break
+            late += 1
+        sizes = [rows for _, rows in waiting[late:]]
+        free_callers = self._most_at_once - running
+        room = share_of_queue(waiting_rows=sum(sizes), free_callers=free_callers, max_batch=self._bounds.batch)
+        count = count_to_join(sizes, limit_rows=room)
+        while count > 1 and waiting[late][0] < self.predict_ms(sum(sizes[:count]), running + 1):
+            count -= 1
+        return Choice(late, count)
 
     def hold_s(self) -> float | None:
         """It never waits for more."""
         return None
 
     def predict_ms(self, rows: int, concurrency: int) -> float:
-        """The mean run of late."""
-        del rows, concurrency
-        return self._run_ms
+        """By the lines that were learnt."""
+        return self.times.predict_ms(rows, concurrency)
 
     def observed(self, *, rows: int, service_ms: float, concurrency: float) -> None:
-        """Moves the mean."""
-        del rows, concurrency
-        self._run_ms += (0.1 if self._run_ms else 1.0) * (service_ms - self._run_ms)
+        """Learns from one run."""
+        self._learner.observed(rows=rows, service_ms=service_ms, concurrency=concurrency)
+
+
+class _Learner:
+    """Service times that follow the runs: one in ``SAMPLED`` where learning would cost more than the run."""
+
+    def __init__(self, times: ServiceTimes) -> None:
+        self.times = times
+        self._runs = 0
+
+    def observed(self, *, rows: int, service_ms: float, concurrency: float) -> None:
+        self._runs += 1
+        if service_ms < SHORT_MS and self._runs % SAMPLED:
+            return
+        self.times = self.times.observed(rows=rows, service_ms=service_ms, concurrency=concurrency)
 
 
 class SloScheduler:
@@ -130,9 +156,13 @@ class SloScheduler:
         self._most_at_once = min(configuration.max_concurrency, runs_at_once)
         self._rate = ArrivalRate()
         self._planned_s = -math.inf
-        self._runs = 0
-        self.times = times
+        self._learner = _Learner(times)
         self.bounds = Plan(configuration.max_batch, self._most_at_once)
+
+    @property
+    def times(self) -> ServiceTimes:
+        """What was learnt of the session."""
+        return self._learner.times
 
     def deadline_s(self, now_s: float) -> float:
         """The SLO; also where the arrival rate is counted and, a few times a second, the bounds are planned anew."""
@@ -174,11 +204,8 @@ class SloScheduler:
         return self.times.predict_ms(rows, concurrency)
 
     def observed(self, *, rows: int, service_ms: float, concurrency: float) -> None:
-        """Learns from one run; from one in ``SAMPLED`` where learning would cost more than the run."""
-        self._runs += 1
-        if service_ms < SHORT_MS and self._runs % SAMPLED:
-            return
-        self.times = self.times.observed(rows=rows, service_ms=service_ms, concurrency=concurrency)
+        """Learns from one run."""
+        self._learner.observed(rows=rows, service_ms=service_ms, concurrency=concurrency)
 
 
 def scheduler_for(
@@ -190,9 +217,10 @@ def scheduler_for(
     before: Scheduler | None = None,
 ) -> Scheduler:
     """The scheduler that a configuration asks for. ``before`` ran the same session: what it learnt stays known."""
-    if not configuration.controller:
-        return PlainScheduler(configuration, runs_at_once=runs_at_once)
-    if isinstance(before, SloScheduler) and len(before.times.cores_slowdown) == configuration.max_concurrency:
+    if (
+        isinstance(before, PlainScheduler | SloScheduler)
+        and len(before.times.cores_slowdown) == configuration.max_concurrency
+    ):
         times = before.times
     else:
         a_ms, b_ms = session.line
@@ -203,4 +231,6 @@ def scheduler_for(
             cores=runs_at_once * session.threads,
             threads=session.threads,
         )
+    if not configuration.controller:
+        return PlainScheduler(configuration, runs_at_once=runs_at_once, times=times)
     return SloScheduler(configuration, slo_ms=slo_ms, runs_at_once=runs_at_once, times=times)

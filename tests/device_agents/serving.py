@@ -29,13 +29,14 @@ def served(
     decision_id: str | None = "d1",
     max_batch: int = 4,
     max_concurrency: int = 1,
+    threads: int = 1,
     slo_p95_ms: float = 1000,
 ) -> ServedModel:
     """A model, loaded."""
     path = folder / f"{model.digest}.onnx"
     now_s = time.monotonic()
     return ServedModel(
-        session=Session(path if path.exists() else model.write(path), threads=1),
+        session=Session(path if path.exists() else model.write(path), threads=threads),
         configuration=ServingConfiguration(max_batch=max_batch, max_concurrency=max_concurrency),
         digest=model.digest,
         decision_id=decision_id,

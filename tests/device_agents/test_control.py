@@ -26,7 +26,7 @@ from device_agents.errors import Overloaded
 from device_agents.executor import Executor
 from device_agents.metrics import model_statistics, prometheus_text
 from device_agents.runtime import EmulatedQuota
-from device_agents.scheduling import SloScheduler
+from device_agents.scheduling import PlainScheduler, SloScheduler
 from device_agents.served import Answer, ServedModel
 from device_agents.service_times import ServiceTimes, start
 from device_agents.wire import ServingConfiguration
@@ -271,6 +271,34 @@ def test_the_patience_of_a_caller_is_a_deadline_also_without_the_controller(exec
     assert [each.result(5).outputs["y"][0, 0] for each in (first, patient)] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("waiting", "shed", "count"),
+    [
+        ([(math.inf, 1)] * 6, 0, 4),  # nobody is in a hurry: the largest batch
+        ([(30.0, 1)] * 6, 0, 2),  # a run of two rows takes 25 ms, of three 35 ms
+        ([(12.0, 1), (16.0, 1), (100.0, 1)], 1, 1),  # the first would be late, the second in time if alone
+        ([(12.0, 1)], 0, 1),  # alone, it is tried
+        ([(-1.0, 1)], 1, 0),
+    ],
+)
+def test_deadlines_that_callers_bring_are_kept_without_the_controller(
+    waiting: list[tuple[float, int]], shed: int, count: int
+) -> None:
+    configuration = ServingConfiguration(max_batch=4, max_concurrency=1)
+    times = start(10.0, 5.0, max_concurrency=1, cores=1)
+    scheduler = PlainScheduler(configuration, runs_at_once=1, times=times)
+    assert scheduler.choose(waiting, running=0) == Choice(shed, count)
+
+
+def test_a_run_of_many_rows_is_foretold_from_runs_of_one_without_the_controller() -> None:
+    configuration = ServingConfiguration(max_batch=16, max_concurrency=1)
+    scheduler = PlainScheduler(configuration, runs_at_once=1, times=start(1.0, 1.0, max_concurrency=1, cores=1))
+    for _ in range(200):
+        scheduler.observed(rows=1, service_ms=20.0, concurrency=1)
+    assert scheduler.predict_ms(1, 1) == pytest.approx(20, rel=0.2)
+    assert scheduler.predict_ms(16, 1) > 100
+
+
 def test_the_most_urgent_request_goes_first(executor: Executor, tmp_path: Path) -> None:
     now = served(scaling(2), tmp_path, max_batch=1)
     executor.swap(now)
@@ -342,6 +370,25 @@ def test_applications_share_the_threads_of_the_device(tmp_path: Path) -> None:
     for executor in (one, other):
         executor.close()
     assert budget.try_take(1)
+
+
+@pytest.mark.parametrize(("threads", "afterwards"), [(1, 2), (2, 1)])
+def test_a_swap_while_a_caller_waits_for_threads_leaves_the_budget_whole(
+    tmp_path: Path, threads: int, afterwards: int
+) -> None:
+    budget = ThreadBudget(2)
+    assert budget.try_take(2)
+    executor = Executor("digits", queue_requests=64, budget=budget)
+    executor.swap(served(scaling(2), tmp_path, threads=threads))
+    waiting = executor.submit(ROW)
+    wait_until(partial(_are_waiting, budget, 1))
+    executor.swap(served(scaling(3), tmp_path, threads=afterwards))
+    budget.give_back(2)
+    assert waiting.result(5).outputs["y"][0, 0] == 3
+    assert executor.infer(ROW, timeout_s=5).outputs["y"][0, 0] == 3
+    executor.close()
+    assert budget.try_take(2)
+    assert not budget.try_take(1)
 
 
 def _are_waiting(budget: ThreadBudget, count: int) -> bool:

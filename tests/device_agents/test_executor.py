@@ -21,6 +21,7 @@ from device_agents.metrics import prometheus_text
 from device_agents.runtime import EmulatedQuota, Session
 from device_agents.scheduling import PlainScheduler
 from device_agents.served import Answer
+from device_agents.service_times import start
 from device_agents.wire import ServingConfiguration
 from tests.device_agents.models import adding, dense, picky, scaling
 from tests.device_agents.serving import served
@@ -60,7 +61,8 @@ class Listening(PlainScheduler):
     """Keeps what it is told of runs, as (rows, ms)."""
 
     def __init__(self, configuration: ServingConfiguration) -> None:
-        super().__init__(configuration, runs_at_once=1)
+        times = start(0.1, 0.1, max_concurrency=configuration.max_concurrency, cores=1)
+        super().__init__(configuration, runs_at_once=1, times=times)
         self.heard: list[tuple[int, float]] = []
 
     def observed(self, *, rows: int, service_ms: float, concurrency: float) -> None:
