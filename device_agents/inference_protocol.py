@@ -169,10 +169,12 @@ def _decode_raw(body: bytes, inputs: Sequence[Tensor]) -> InferenceRequest:
     if len(inputs) != 1:
         raise BadRequest("a body without JSON needs a model with one input")
     tensor = inputs[0]
-    if tensor.datatype == "BYTES":
-        array: Array = np.array([body.decode(errors="replace")], dtype=object)
-        return InferenceRequest(inputs={tensor.name: array}, is_binary_default=True)
-    sizes = [1 if index == 0 and size < 0 else size for index, size in enumerate(tensor.shape)]
+    is_text = tensor.datatype == "BYTES"  # then the body is one string, without its length
+    sizes = [1 if size < 0 and (is_text or index == 0) else size for index, size in enumerate(tensor.shape)]
+    if is_text:
+        if math.prod(sizes) != 1:
+            raise BadRequest("a body without JSON is one string, the model takes more: send JSON with a shape")
+        body = struct.pack("<I", len(body)) + body
     if sizes.count(-1) == 1:
         known = math.prod(size for size in sizes if size > 0) * tensor.dtype.itemsize
         sizes[sizes.index(-1)] = len(body) // known if known else 0
@@ -291,8 +293,11 @@ def _shape(item: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _requested(item: dict[str, Any], is_binary_default: bool) -> RequestedOutput:
-    parameters = _object(item.get("parameters", {}), "parameters")
-    return RequestedOutput(_text(item, "name"), parameters.get("binary_data", is_binary_default) is True)
+    name, parameters = _text(item, "name"), _object(item.get("parameters", {}), "parameters")
+    for key in parameters:
+        if key == "classification" or key.startswith("shared_memory"):
+            raise BadRequest(f"output {name}: the parameter {key} is not served, only binary_data is")
+    return RequestedOutput(name, parameters.get("binary_data", is_binary_default) is True)
 
 
 def _dtype(datatype: str, name: str) -> np.dtype[Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -18,8 +19,24 @@ ZERO = Duration()
 Row = tuple[str, float]
 
 
-def model_statistics(executor: Executor) -> dict[str, Any]:
-    """One entry of the statistics extension."""
+@dataclass
+class CodecDurations:
+    """What the server took to decode requests and encode their answers; callers in this process need neither."""
+
+    input: Duration = field(default_factory=Duration)
+    output: Duration = field(default_factory=Duration)
+
+    def add(self, *, input_ms: float, output_ms: float) -> None:
+        """Counts one request that was answered."""
+        self.input.add(input_ms)
+        self.output.add(output_ms)
+
+
+UNUSED = CodecDurations()
+
+
+def model_statistics(executor: Executor, codec: CodecDurations = UNUSED) -> dict[str, Any]:
+    """One entry of the statistics extension. Per batch size only the runs are timed."""
     statistics, control = executor.statistics, _control(executor)
     with statistics.lock:
         failed = Duration(count=statistics.failures.total())
@@ -33,9 +50,9 @@ def model_statistics(executor: Executor) -> dict[str, Any]:
                 "success": _pair(statistics.success),
                 "fail": _pair(failed),
                 "queue": _pair(statistics.queue),
-                "compute_input": _pair(ZERO),
+                "compute_input": _pair(codec.input),
                 "compute_infer": _pair(statistics.infer),
-                "compute_output": _pair(ZERO),
+                "compute_output": _pair(codec.output),
             },
             "batch_stats": [
                 {
@@ -50,11 +67,11 @@ def model_statistics(executor: Executor) -> dict[str, Any]:
         }
 
 
-def prometheus_text(executors: Sequence[Executor]) -> str:
-    """All metrics in the text format 0.0.4."""
+def prometheus_text(executors: Sequence[Executor], codecs: Mapping[str, CodecDurations] | None = None) -> str:
+    """All metrics in the text format 0.0.4; ``codecs`` by model name."""
     counters: dict[str, list[Row]] = {}
     for executor in executors:
-        for name, labels, value in _counters(executor):
+        for name, labels, value in _counters(executor, (codecs or {}).get(executor.model_name, UNUSED)):
             counters.setdefault(name, []).append((labels, value))
     memory = psutil.virtual_memory()
     lately = {executor: executor.statistics.lately(time.monotonic()) for executor in executors}
@@ -80,7 +97,7 @@ def prometheus_text(executors: Sequence[Executor]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _counters(executor: Executor) -> list[tuple[str, str, float]]:
+def _counters(executor: Executor, codec: CodecDurations) -> list[tuple[str, str, float]]:
     statistics, labels = executor.statistics, _labels(executor)
     with statistics.lock:
         rows: list[tuple[str, str, float]] = [
@@ -89,7 +106,9 @@ def _counters(executor: Executor) -> list[tuple[str, str, float]]:
             ("nv_inference_exec_count", labels, statistics.runs),
             ("nv_inference_request_duration_us", labels, statistics.success.ns / 1000),
             ("nv_inference_queue_duration_us", labels, statistics.queue.ns / 1000),
+            ("nv_inference_compute_input_duration_us", labels, codec.input.ns / 1000),
             ("nv_inference_compute_infer_duration_us", labels, statistics.infer.ns / 1000),
+            ("nv_inference_compute_output_duration_us", labels, codec.output.ns / 1000),
             ("qoe_inference_cpu_seconds_total", labels, statistics.cpu_ms / 1000),
             ("qoe_slo_hits_total", labels, statistics.in_time),
             ("qoe_slo_late_total", labels, statistics.late),

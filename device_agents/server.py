@@ -1,6 +1,7 @@
 """The local inference server: Open Inference Protocol v2 as a raw ASGI app, served by uvicorn.
 
-Routes, bodies and headers are here; tensors are ``inference_protocol``'s business, running models is the executor's.
+Routes and headers are here; bodies are ``bodies``' business, tensors ``inference_protocol``'s, running models is the
+executor's.
 Every error is JSON: {"error": "..."}.
 """
 
@@ -12,28 +13,29 @@ import json
 import logging
 import math
 import secrets
-import zlib
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from pydantic import ValidationError
 
+from device_agents.bodies import BodyRoom, Receive
 from device_agents.control import CONTROLLER_VERSION
-from device_agents.errors import AgentError, BadRequest, BodyTooLarge, NotFound, Overloaded
+from device_agents.errors import AgentError, BadRequest, NotFound, Overloaded
 from device_agents.executor import Executor
-from device_agents.inference_protocol import decode_request, encode_answer
+from device_agents.inference_protocol import InferenceRequest, decode_request, encode_answer
 from device_agents.lease import LEASE_ID_PREFIX
-from device_agents.metrics import model_statistics, prometheus_text
+from device_agents.metrics import CodecDurations, model_statistics, prometheus_text
 from device_agents.runtime import Tensor
-from device_agents.served import ServedModel
+from device_agents.served import Answer, ServedModel
 from device_agents.spool import Kept
 from device_agents.wire import Feedback
 
 logger = logging.getLogger("qoe_agent.server")
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 Reply = tuple[int, Headers, bytes]
@@ -61,8 +63,9 @@ class InferenceServer:
     ) -> None:
         self._executors = executors
         self._version = version
-        self._body_limit = body_limit_bytes
+        self._bodies = BodyRoom(limit_bytes=body_limit_bytes)
         self._accept_feedback = accept_feedback
+        self._codec: defaultdict[str, CodecDurations] = defaultdict(CodecDurations)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, one answer; nothing escapes as anything but JSON."""
@@ -81,7 +84,10 @@ class InferenceServer:
 
     async def _answer(self, scope: Scope, receive: Receive) -> Reply:
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        body = await self._body(headers, receive)
+        with self._bodies.body() as place:
+            return await self._routed(scope, headers, await place.read(headers, receive))
+
+    async def _routed(self, scope: Scope, headers: Mapping[bytes, bytes], body: bytes) -> Reply:
         path = [part for part in scope["path"].split("/") if part]
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         match method, path:
@@ -107,7 +113,7 @@ class InferenceServer:
                 is_ready = bool(self._executors) and all(e.served for e in list(self._executors.values()))
                 return _json({"live": True, "ready": is_ready}, status=200 if is_ready else 503)
             case ["metrics"]:
-                text = prometheus_text(list(self._executors.values()))
+                text = prometheus_text(list(self._executors.values()), self._codec)
                 return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], text.encode()
         raise NotFound(f"there is no GET /{'/'.join(path)}")
 
@@ -123,7 +129,7 @@ class InferenceServer:
     def _models(self, path: list[str]) -> Reply:
         match path:
             case ["stats"]:
-                return _json({"model_stats": [model_statistics(e) for e in list(self._executors.values())]})
+                return _json({"model_stats": [self._statistics(e) for e in list(self._executors.values())]})
             case [model, "versions", version, *rest]:
                 return self._describe(self._executor(model, ["versions", version]), rest)
             case [model, *rest]:
@@ -136,7 +142,7 @@ class InferenceServer:
             ready = {"name": executor.model_name, "ready": served is not None}
             return _json(ready, status=200 if served else 503)
         if rest == ["stats"]:
-            return _json({"model_stats": [model_statistics(executor)]})
+            return _json({"model_stats": [self._statistics(executor)]})
         if served is None:
             raise Overloaded(f"model {executor.model_name} is not ready")
         if rest == ["config"]:
@@ -153,6 +159,9 @@ class InferenceServer:
             }
         )
 
+    def _statistics(self, executor: Executor) -> dict[str, Any]:
+        return model_statistics(executor, self._codec[executor.model_name])
+
     def _repository(self, rest: list[str], body: bytes) -> Reply:
         match rest:
             case ["index"]:
@@ -161,6 +170,8 @@ class InferenceServer:
                 return _json([entry for entry in entries if not wants_ready or entry["state"] == "READY"])
             case ["models", model, "load" | "unload"]:
                 self._executor(model, [])
+                if self._accept_feedback is None:
+                    raise BadRequest("this server belongs to no service: it serves the file that it was started with")
                 raise BadRequest("the service decides which models are loaded here")
         raise NotFound(f"there is no POST /v2/repository/{'/'.join(rest)}")
 
@@ -169,22 +180,29 @@ class InferenceServer:
         if served is None:
             executor.statistics.failed("REJECTED")
             raise Overloaded(f"model {executor.model_name} is not ready")
-        json_size = _json_size(headers)
-        if len(body) > DECODE_IN_THREAD_BYTES:
-            request = await asyncio.to_thread(decode_request, body, json_size=json_size, inputs=served.session.inputs)
-        else:
-            request = decode_request(body, json_size=json_size, inputs=served.session.inputs)
-        within_ms = _patience_ms(request.parameters)
-        found = executor.answer_or_submit(request.inputs, within_ms=within_ms, own_thread_ms=RUN_IN_LOOP_MS)
-        answer = await asyncio.wrap_future(found) if isinstance(found, Future) else found
-        encoded = encode_answer(request, answer.outputs, model_name=executor.model_name, model_version=MODEL_VERSION)
-        reply_headers: Headers = [OCTETS if encoded.json_size else JSON]
-        reply_headers.append((b"x-model-digest", answer.served.digest.encode()))
-        if answer.served.decision_id is not None:
-            reply_headers.append((b"x-decision-id", answer.served.decision_id.encode()))
+        started_s = time.perf_counter()
+        try:
+            request = await _decoded(headers, body, served.session.inputs)
+            decoded_s = time.perf_counter()
+            answer = await _asked(executor, request)
+        except AgentError as error:
+            # After a swap an error does not tell which of the two models it came of: no decision beats a wrong one.
+            return _error(error, served=served if executor.served is served else None)
+        answered_s = time.perf_counter()
+        try:
+            encoded = encode_answer(
+                request, answer.outputs, model_name=executor.model_name, model_version=MODEL_VERSION
+            )
+        except AgentError as error:
+            return _error(error, served=answer.served)
+        reply_headers: Headers = [OCTETS if encoded.json_size else JSON, *_origin(answer.served)]
         if encoded.json_size is not None:
             reply_headers.append((b"inference-header-content-length", str(encoded.json_size).encode()))
-        return 200, *_compressed(reply_headers, encoded.body, headers)
+        reply_headers, content = _compressed(reply_headers, encoded.body, headers)
+        self._codec[executor.model_name].add(
+            input_ms=(decoded_s - started_s) * 1000, output_ms=(time.perf_counter() - answered_s) * 1000
+        )
+        return 200, reply_headers, content
 
     # -- feedback ----------------------------------------------------------------------------------------------------
 
@@ -207,52 +225,39 @@ class InferenceServer:
             raise Overloaded("the feedback could not be kept", retry_after_s=FEEDBACK_RETRY_AFTER_S)
         return _json({"id": feedback.id, "status": kept.value}, status=202)
 
-    # -- bodies ------------------------------------------------------------------------------------------------------
-
-    async def _body(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
-        announced = headers.get(b"content-length", b"")
-        if announced.isdigit() and int(announced) > self._body_limit:
-            raise BodyTooLarge(f"a body may have {self._body_limit} bytes")
-        parts: list[bytes] = []
-        size, is_more = 0, True
-        while is_more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise BadRequest("the client went away")
-            part = message.get("body", b"")
-            size += len(part)
-            if size > self._body_limit:
-                raise BodyTooLarge(f"a body may have {self._body_limit} bytes")
-            parts.append(part)
-            is_more = message.get("more_body", False)
-        return self._inflated(b"".join(parts), headers.get(b"content-encoding", b"").lower())
-
-    def _inflated(self, body: bytes, encoding: bytes) -> bytes:
-        if encoding in (b"", b"identity"):
-            return body
-        if encoding not in (b"gzip", b"deflate"):
-            raise BadRequest(f"content encoding {encoding.decode(errors='replace')} is not served")
-        inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # knows gzip and zlib by their headers
-        try:
-            inflated = inflater.decompress(body, self._body_limit + 1)
-        except zlib.error as error:
-            raise BadRequest("the compressed body is damaged") from error
-        if len(inflated) > self._body_limit:
-            raise BodyTooLarge(f"a body may have {self._body_limit} bytes")
-        if not inflater.eof:
-            raise BadRequest("the compressed body is cut off")
-        return inflated
-
 
 def _json(content: Any, *, status: int = 200) -> Reply:
     return status, [JSON], json.dumps(content, separators=(",", ":")).encode()
 
 
-def _error(error: AgentError) -> Reply:
+def _error(error: AgentError, *, served: ServedModel | None = None) -> Reply:
     status, headers, body = _json({"error": error.reason}, status=error.status)
+    if served is not None:
+        headers += _origin(served)
     if isinstance(error, Overloaded):
         headers.append((b"retry-after", str(math.ceil(error.retry_after_s)).encode()))
     return status, headers, body
+
+
+def _origin(served: ServedModel) -> Headers:
+    """Which variant an answer or an error came of, and the decision to rate."""
+    headers = [(b"x-model-digest", served.digest.encode())]
+    if served.decision_id is not None:
+        headers.append((b"x-decision-id", served.decision_id.encode()))
+    return headers
+
+
+async def _decoded(headers: Mapping[bytes, bytes], body: bytes, inputs: Sequence[Tensor]) -> InferenceRequest:
+    json_size = _json_size(headers)
+    if len(body) > DECODE_IN_THREAD_BYTES:
+        return await asyncio.to_thread(decode_request, body, json_size=json_size, inputs=inputs)
+    return decode_request(body, json_size=json_size, inputs=inputs)
+
+
+async def _asked(executor: Executor, request: InferenceRequest) -> Answer:
+    within_ms = _patience_ms(request.parameters)
+    found = executor.answer_or_submit(request.inputs, within_ms=within_ms, own_thread_ms=RUN_IN_LOOP_MS)
+    return await asyncio.wrap_future(found) if isinstance(found, Future) else found
 
 
 def _json_object(body: bytes) -> dict[str, Any]:

@@ -87,13 +87,13 @@ def picky() -> Model:
     )
 
 
-def echo(element_type: int, *, size: int = 3) -> Model:
-    """y = x for any element type, fixed at one row of ``size``."""
+def echo(element_type: int, *, size: int | str = 3, rows: int | str = 1) -> Model:
+    """y = x for any element type, in rows of ``size``: one, unless ``rows`` leaves that open."""
     return _finished(
         [helper.make_node("Identity", ["x"], ["y"])],
         [],
-        helper.make_tensor_value_info("x", element_type, [1, size]),
-        helper.make_tensor_value_info("y", element_type, [1, size]),
+        helper.make_tensor_value_info("x", element_type, [rows, size]),
+        helper.make_tensor_value_info("y", element_type, [rows, size]),
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +70,62 @@ def test_a_client_that_does_not_go_on_is_hung_up_on(
         assert answer is not None
         assert answer[0] == 200
     executor.close()
+
+
+LIMIT_BYTES = 200_000
+
+
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["announced", "chunked"])
+def test_slow_clients_share_a_bounded_room_and_small_requests_go_on(tmp_path: Path, is_chunked: bool) -> None:
+    executor = Executor("m", queue_requests=64)
+    executor.swap(served(echo(TensorProto.FLOAT, size=16), tmp_path))
+    small = raw(json.dumps(good()).encode())
+    large = raw(b" " * (LIMIT_BYTES - 1000) + json.dumps(good()).encode())
+    with listening({"m": executor}, body_limit_bytes=LIMIT_BYTES) as http, contextlib.ExitStack() as slow:
+        port = http.base_url.port
+        assert port is not None
+        for _ in range(4):
+            client = slow.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            client.sendall(begun_chunked(LIMIT_BYTES) if is_chunked else raw(b"{", length=LIMIT_BYTES))
+        refused = until(port, large, status=503)
+        assert "together" in json.loads(refused[1])["error"]
+        assert http.post("/v2/models/m/infer", content=large.partition(b"\r\n\r\n")[2]).headers["Retry-After"] == "1"
+        answer = ask(port, small)
+        assert answer is not None
+        assert answer[0] == 200
+        slow.close()
+        until(port, large, status=200)
+    executor.close()
+
+
+def test_an_inflated_body_takes_the_room_of_its_inflated_size(tmp_path: Path) -> None:
+    executor = Executor("m", queue_requests=64)
+    executor.swap(served(echo(TensorProto.FLOAT, size=16), tmp_path))
+    body = gzip.compress(b" " * (LIMIT_BYTES - 1000) + json.dumps(good()).encode())
+    with listening({"m": executor}, body_limit_bytes=LIMIT_BYTES) as http, contextlib.ExitStack() as slow:
+        port = http.base_url.port
+        assert port is not None
+        packed = raw(body, headers="Content-Encoding: gzip\r\n")
+        until(port, packed, status=200)
+        for _ in range(4):
+            client = slow.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            client.sendall(raw(b"{", length=LIMIT_BYTES - 1000))
+        until(port, packed, status=503)
+    executor.close()
+
+
+def begun_chunked(size: int) -> bytes:
+    """A request that has sent ``size`` bytes in chunks, and says that there are more."""
+    head = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + b"".join([b"2710\r\n" + b" " * 10_000 + b"\r\n"] * (size // 10_000))
+
+
+def until(port: int, request: bytes, *, status: int) -> tuple[int, bytes]:
+    """Asks until that is the answer: what other connections sent arrives when it does."""
+    ends_s = time.monotonic() + 10
+    while (answer := ask(port, request)) is None or answer[0] != status:
+        assert time.monotonic() < ends_s, answer
+    return answer
 
 
 def test_a_client_that_rests_between_requests_is_kept(port: int) -> None:

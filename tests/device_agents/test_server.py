@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
+from device_agents.budget import ThreadBudget
 from device_agents.errors import BadConfiguration
 from device_agents.executor import Executor
 from device_agents.listening import bind
@@ -114,6 +115,34 @@ def test_a_whole_body_can_be_the_single_input(http: httpx.Client) -> None:
     assert np.frombuffer(reply.content[size:], np.float32).tolist() == [2, 2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("size", "content", "status", "says"),
+    [
+        (1, "drei Äpfel".encode(), 200, "drei Äpfel"),
+        ("m", b"any size", 200, "any size"),
+        (1, b"", 200, ""),
+        (1, b"\xff", 400, "UTF-8"),
+        (3, b"three?", 400, "one string"),
+    ],
+    ids=["text", "an open size", "no text", "no UTF-8", "a model of three strings"],
+)
+def test_a_whole_body_can_be_the_single_string(
+    tmp_path: Path, size: int | str, content: bytes, status: int, says: str
+) -> None:
+    executor = Executor("digits", queue_requests=4)
+    executor.swap(served(echo(TensorProto.STRING, size=size, rows="n"), tmp_path))
+    with listening({"digits": executor}) as http:
+        reply = http.post(INFER, content=content, headers={"Inference-Header-Content-Length": "0"})
+    executor.close()
+    assert reply.status_code == status
+    if status == 200:
+        head_bytes = int(reply.headers["Inference-Header-Content-Length"])
+        assert json.loads(reply.content[:head_bytes])["outputs"][0]["shape"] == [1, 1]
+        assert reply.content[head_bytes + 4 :].decode() == says
+    else:
+        assert says in reply.json()["error"]
+
+
 def test_a_compressed_request_is_inflated_and_a_large_answer_compressed_on_request(http: httpx.Client) -> None:
     array = np.zeros((600, 4), np.float32)
     body, headers = binary(array, parameters={"binary_data_output": True})
@@ -149,6 +178,11 @@ def test_statistics_and_metrics_count_requests_runs_and_rows(http: httpx.Client)
     assert statistics["inference_stats"]["success"]["count"] == 2
     assert statistics["batch_stats"][0]["batch_size"] == 2
     text = http.get("/metrics").text
+    for codec in ("compute_input", "compute_output"):
+        took = statistics["inference_stats"][codec]
+        assert took["count"] == 2
+        assert took["ns"] > 0
+        assert f'nv_inference_{codec}_duration_us{{model="digits",version="1"}} {took["ns"] / 1000:.10g}\n' in text
     assert 'nv_inference_request_success{model="digits",version="1"} 2\n' in text
     host = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line.startswith("nv_cpu_")}
     assert 0 <= host["nv_cpu_utilization"] <= 1
@@ -165,6 +199,7 @@ def test_a_device_without_a_model_says_that_it_is_not_ready() -> None:
         reply = http.post(INFER, json=ROWS)
         assert (reply.status_code, reply.headers["Retry-After"]) == (503, "1")
         assert "not ready" in reply.json()["error"]
+        assert "X-Decision-Id" not in reply.headers
 
 
 @pytest.mark.parametrize(
@@ -228,6 +263,14 @@ def test_every_datatype_goes_through_json_and_binary(
         (input_with(parameters={"binary_data_size": -1}), "whole number"),
         (input_with(parameters={"shared_memory_region": "a"}), "shared memory"),
         (ROWS | {"outputs": [{"name": "z"}]}, "no output z"),
+        (
+            ROWS | {"outputs": [{"name": "y", "parameters": {"classification": 3}}]},
+            "output y: the parameter classification is not served, only binary_data is",
+        ),
+        (
+            ROWS | {"outputs": [{"name": "y", "parameters": {"shared_memory_region": "a"}}]},
+            "output y: the parameter shared_memory_region is not served, only binary_data is",
+        ),
         ({"inputs": ROWS["inputs"] * 2}, "twice"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -237,6 +280,7 @@ def test_a_bad_request_is_told_what_is_wrong_and_harms_nothing(http: httpx.Clien
     reply = http.post(INFER, content=content)
     assert reply.status_code == 400
     assert says in reply.json()["error"]
+    assert (reply.headers["X-Decision-Id"], reply.headers["X-Model-Digest"]) == ("d1", scaling(2).digest)
     assert http.post(INFER, json=ROWS).status_code == 200
 
 
@@ -275,7 +319,15 @@ def test_loading_is_the_services_business(http: httpx.Client) -> None:
     for verb in ("load", "unload"):
         reply = http.post(f"/v2/repository/models/digits/{verb}", content=b"{}")
         assert reply.status_code == 400
-        assert "service" in reply.json()["error"]
+        assert "the service decides" in reply.json()["error"]
+
+
+def test_without_a_service_loading_is_nobodys_business(executor: Executor) -> None:
+    with listening({"digits": executor}) as http:
+        for verb in ("load", "unload"):
+            reply = http.post(f"/v2/repository/models/digits/{verb}", content=b"{}")
+            assert reply.status_code == 400
+            assert "belongs to no service" in reply.json()["error"]
 
 
 def chunked(size: int) -> Iterator[bytes]:
@@ -314,6 +366,7 @@ def test_a_run_that_fails_is_a_json_500_and_the_next_succeeds(tmp_path: Path) ->
         reply = http.post(INFER, json=request)
         assert reply.status_code == 500
         assert "indices" in reply.json()["error"]
+        assert (reply.headers["X-Decision-Id"], reply.headers["X-Model-Digest"]) == ("d1", picky().digest)
         request["inputs"][0]["data"] = [1]
         assert http.post(INFER, json=request).json()["outputs"][0]["data"] == [2, 2, 2, 2]
     executor.close()
@@ -326,10 +379,11 @@ def test_infinity_is_no_json_and_says_so(tmp_path: Path) -> None:
         reply = http.post(INFER, json=ROWS)
         assert reply.status_code == 500
         assert "binary" in reply.json()["error"]
+        assert reply.headers["X-Decision-Id"] == "d1"
     executor.close()
 
 
-def test_a_full_queue_sheds_with_retry_after(tmp_path: Path) -> None:
+def test_a_full_queue_sheds_with_retry_after_and_the_decision_to_rate(tmp_path: Path) -> None:
     executor = Executor("digits", queue_requests=2)
     executor.swap(served(dense(), tmp_path, max_batch=1))
     replies: list[httpx.Response] = []
@@ -344,7 +398,30 @@ def test_a_full_queue_sheds_with_retry_after(tmp_path: Path) -> None:
     assert shed
     assert all(int(reply.headers["Retry-After"]) >= 1 and "waiting" in reply.json()["error"] for reply in shed)
     assert {reply.status_code for reply in replies} == {200, 503}
+    assert {(reply.headers["X-Decision-Id"], reply.headers["X-Model-Digest"]) for reply in shed} == {
+        ("d1", dense().digest)
+    }
     executor.close()
+
+
+def test_an_error_around_a_swap_names_no_decision_rather_than_a_wrong_one(tmp_path: Path) -> None:
+    budget = ThreadBudget(1)
+    executor = Executor("digits", queue_requests=4, budget=budget)
+    executor.swap(served(picky(), tmp_path))
+    replies: list[httpx.Response] = []
+    wrong = {"inputs": [{"name": "index", "shape": [1], "datatype": "INT64", "data": [7]}]}
+    with listening({"digits": executor}) as http:
+        assert budget.try_take(1)  # so the request waits
+        asking = threading.Thread(target=lambda: replies.append(http.post(INFER, json=wrong)))
+        asking.start()
+        while not executor.unanswered:
+            time.sleep(0.002)
+        executor.swap(served(picky(), tmp_path, decision_id="d2"))
+        budget.give_back(1)
+        asking.join()
+    executor.close()
+    assert replies[0].status_code == 500
+    assert not {"x-decision-id", "x-model-digest"} & set(replies[0].headers)
 
 
 # -- feedback -------------------------------------------------------------------------------------------------------

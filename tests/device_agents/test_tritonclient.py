@@ -85,7 +85,10 @@ def test_it_is_told_why_something_is_refused(client: Any) -> None:
         "must be FP32": lambda: client.infer("digits", [tensor(X.astype(np.float64), "FP64")]),
         "has shape": lambda: client.infer("digits", [tensor(X[:, :3], "FP32")]),
         "unknown model": lambda: client.infer("letters", [tensor(X, "FP32")]),
-        "the service decides": lambda: client.load_model("digits"),
+        "belongs to no service": lambda: client.load_model("digits"),
+        "parameter classification is not served": lambda: client.infer(
+            "digits", [tensor(X, "FP32")], outputs=[triton.InferRequestedOutput("y", class_count=2)]
+        ),
     }
     for says, ask in wrong.items():
         with pytest.raises(errors.InferenceServerException, match=says):
