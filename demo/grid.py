@@ -21,7 +21,7 @@ import numpy as np
 from demo.app import App, Tally, Traffic
 from demo.devices import CpuLimit, Device, is_serving, one_thread
 from demo.inference import InferenceConnection
-from demo.processes import Household, Program
+from demo.processes import Household, Program, usable
 from demo.ratings import RatingDesk
 from demo.service import Stopped
 from demo.users import PERSONAS, Persona
@@ -133,13 +133,14 @@ def measure_action(stand: Stand, action: Choice) -> Cell:
 def serve_program(stand: Stand, action: Choice) -> Program:
     device, bench = stand.device, stand.bench
     quota = [] if stand.limit.group else ["--cpu-quota-emulated", f"{device.cpu_quota:g}"]
+    threads = min(action.threads, len(usable(device.cores)))  # more are refused; a fixed choice would get these
     return Program(
         name="agent",
         arguments=[
             *(sys.executable, "-m", "device_agents", "serve"),
             *("--model", str(action.model.path), "--model-name", bench.application, "--port", str(stand.port)),
             *("--max-batch", str(action.max_batch), "--concurrency", str(action.max_concurrency)),
-            *("--threads", str(action.threads), "--state-dir", str(bench.folder / device.name / "state"), *quota),
+            *("--threads", str(threads), "--state-dir", str(bench.folder / device.name / "state"), *quota),
         ],
         environment=one_thread(),
         cores=device.cores,

@@ -210,8 +210,14 @@ def on_cores(cores: frozenset[int]) -> Iterator[None]:
         yield
         return
     mine = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, (cores & mine) or mine)
+    os.sched_setaffinity(0, usable(cores))
     try:
         yield
     finally:
         os.sched_setaffinity(0, mine)
+
+
+def usable(cores: frozenset[int]) -> set[int]:
+    """Those of them that there are; all that there are where it is none."""
+    mine = os.sched_getaffinity(0)
+    return set(cores & mine) or mine

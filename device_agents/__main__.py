@@ -35,8 +35,9 @@ examples:
 The model is served at http://127.0.0.1:8600/v2/models/NAME (Open Inference Protocol v2). Everything that must survive
 a restart is in the state folder (--state-dir). Exit status: 0; 1 with one line on standard error; 2 for wrong flags.
 """
-ALONE = frozenset({"serve", "profile"})
-WITHOUT_SERVICE = frozenset({"host", "port", "cpu_quota_emulated", "log_level"})
+MEASURING = frozenset({"cpu_quota_emulated", "log_level"})
+SERVING = MEASURING | {"host", "port", "body_limit_bytes", "queue_requests", "profile_budget_s"}
+WITHOUT_SERVICE = {"serve": SERVING, "profile": MEASURING}
 SETTINGS = "also in the TOML file, and as QOE_AGENT_<SETTING> or QOE_AGENT_<SETTING>_FILE; a flag wins over both"
 
 FLAGS = (
@@ -48,6 +49,13 @@ FLAGS = (
     ("--host", "host", str),
     ("--port", "port", int),
     ("--ca-bundle", "ca_bundle", str),
+    ("--disk-budget-bytes", "disk_budget_bytes", int),
+    ("--disk-reserve-bytes", "disk_reserve_bytes", int),
+    ("--spool-budget-bytes", "spool_budget_bytes", int),
+    ("--spool-max-age-s", "spool_max_age_s", float),
+    ("--queue-requests", "queue_requests", int),
+    ("--body-limit-bytes", "body_limit_bytes", int),
+    ("--profile-budget-s", "profile_budget_s", float),
     ("--cpu-quota-emulated", "cpu_quota_emulated", float),
     ("--log-level", "log_level", str),
 )
@@ -85,13 +93,17 @@ def parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--max-batch", type=int, default=8, metavar="ROWS", help="largest batch (default 8)")
     serve.add_argument("--concurrency", type=int, default=1, metavar="RUNS", help="runs at once (default 1)")
-    serve.add_argument("--threads", type=int, default=1, metavar="NUMBER", help="threads per run (default 1)")
+    serve.add_argument(
+        "--threads", type=int, default=1, metavar="NUMBER", help="threads per run, at most the cores (default 1)"
+    )
     serve.add_argument(
         "--slo-ms", type=float, metavar="MS", help="answer 95 of 100 within this; batch and concurrency then adapt"
     )
     measure = _command(commands, "profile", _profile, "measure one ONNX file on this device")
     measure.add_argument("file", type=Path, metavar="FILE")
-    measure.add_argument("--threads", type=int, default=1, metavar="NUMBER", help="threads per run (default 1)")
+    measure.add_argument(
+        "--threads", type=int, default=1, metavar="NUMBER", help="threads per run, at most the cores (default 1)"
+    )
     measure.add_argument("--samples", type=Path, metavar="NPZ", help="also measure accuracy, on samples of the service")
     measure.add_argument("--json", action="store_true", help="print one line of JSON")
     look = _command(commands, "status", _status, "what the agent of this state folder does")
@@ -111,11 +123,11 @@ def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.Arg
     settings.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
     for flag, setting, kind in FLAGS:
         # All are taken everywhere, so that one set of settings fits all commands; shown is what matters to this one.
-        text = _explained(setting) if name not in ALONE or setting in WITHOUT_SERVICE else argparse.SUPPRESS
+        text = _explained(setting) if setting in WITHOUT_SERVICE.get(name, {setting}) else argparse.SUPPRESS
         settings.add_argument(flag, dest=setting, type=kind, metavar=_unit(kind), help=text)
-    label = "a label; may be repeated" if name not in ALONE else argparse.SUPPRESS
+    label = "a label; may be repeated" if name not in WITHOUT_SERVICE else argparse.SUPPRESS
     settings.add_argument("--label", action="append", metavar="KEY=VALUE", help=label)
-    plaintext = "allow http:// to other machines than this" if name not in ALONE else argparse.SUPPRESS
+    plaintext = "allow http:// to other machines than this" if name not in WITHOUT_SERVICE else argparse.SUPPRESS
     settings.add_argument("--allow-plaintext", action="store_true", default=None, help=plaintext)
     return command
 

@@ -18,7 +18,7 @@ from typing import Self
 
 import httpx
 
-from device_agents.client import ServiceClient, full_jitter_s
+from device_agents.client import ServiceClient, asked_wait_s, full_jitter_s
 from device_agents.config import AgentConfig
 from device_agents.desired import open_desired
 from device_agents.drain import TOO_LARGE_OR_WRONG, Drain
@@ -33,7 +33,7 @@ from device_agents.spool import Kept, Spool
 from device_agents.store import Identity, Store
 from device_agents.telemetry import TelemetryReader, hardware
 from device_agents.version import agent_version
-from device_agents.wake_ups import WakeUps
+from device_agents.wake_ups import REFUSED_PAUSE_S, WakeUps
 from device_agents.wire import CheckIn, CheckInReply, Feedback, Hardware, ProfileReport, WakeUp
 
 logger = logging.getLogger("qoe_agent")
@@ -167,7 +167,7 @@ class Agent:
                 if error.permanent:
                     raise
                 logger.warning("cannot enrol yet reason=%r", str(error))
-                self._stopping.wait(full_jitter_s(failures, self.random, cap_s=30.0))
+                self._stopping.wait(max(full_jitter_s(failures, self.random, cap_s=30.0), asked_wait_s(error)))
                 failures += 1
         return self.is_enrolled
 
@@ -251,11 +251,10 @@ class Agent:
                 if self._membership.has_new_credential(error):
                     continue
                 logger.warning("service trouble reason=%r failures=%d", str(error), failures)
-                wait_s = full_jitter_s(failures, self.random)
+                wait_s = max(full_jitter_s(failures, self.random), asked_wait_s(error))
                 failures += 1
-                if isinstance(error, ServiceRefused):
-                    wait_s = max(wait_s, error.retry_after_s or 0.0, 30.0 if error.permanent else 0.0)
-                self._stopping.wait(wait_s)
+                is_refused = isinstance(error, ServiceRefused) and error.permanent
+                self._stopping.wait(max(wait_s, REFUSED_PAUSE_S) if is_refused else wait_s)
             except Exception:
                 # The top of a loop: the device serves on, and the next round begins afresh.
                 logger.exception("loop failed")

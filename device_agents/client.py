@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -24,7 +26,14 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from device_agents import reuse
-from device_agents.errors import AttemptFailed, BadConfiguration, ServiceRefused, ServiceUnreachable, Superseded
+from device_agents.errors import (
+    AgentError,
+    AttemptFailed,
+    BadConfiguration,
+    ServiceRefused,
+    ServiceUnreachable,
+    Superseded,
+)
 from device_agents.store import Identity
 from device_agents.throughput import Throughput
 from device_agents.wire import (
@@ -58,6 +67,11 @@ Wait = Callable[[float], object]
 def full_jitter_s(failures: int, rng: random.Random, *, base_s: float = 0.5, cap_s: float = 60.0) -> float:
     """How long to wait after the n-th failure in a row: uniform between zero and a limit that doubles."""
     return rng.uniform(0.0, min(cap_s, base_s * 2.0 ** min(failures, 32)))
+
+
+def asked_wait_s(error: AgentError) -> float:
+    """How long the service asked to be left alone, by ``Retry-After``; zero where it did not."""
+    return (error.retry_after_s or 0.0) if isinstance(error, ServiceRefused) else 0.0
 
 
 def require_safe(url: str, *, allow_plaintext: bool) -> None:
@@ -206,7 +220,7 @@ class ServiceClient:
                 failures = 1 if transfer.fetched - had_bytes >= PROGRESS_BYTES else failures + 1
                 if failures < DOWNLOAD_ATTEMPTS:
                     pause_s = full_jitter_s(failures - 1, self._rng, cap_s=30.0)
-                    wait(max(pause_s, _asked_wait_s(error)))
+                    wait(max(pause_s, asked_wait_s(error)))
             if is_cancelled():
                 raise Superseded("overtaken while downloading")
         reason = f"gave up after {DOWNLOAD_ATTEMPTS} attempts without progress"
@@ -381,12 +395,23 @@ def _raise_for(response: httpx.Response) -> None:
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
-    text = response.headers.get("Retry-After", "")
-    return min(float(text), LONGEST_WAIT_S) if text.isdigit() else None
+    """Seconds, or a date (RFC 9110, 10.2.3), which counts from the answer's own: a device's clock may be wrong."""
+    text = response.headers.get("Retry-After", "").strip()
+    if text.isdecimal():
+        return min(float(text), LONGEST_WAIT_S)
+    until = _date(text)
+    if until is None:
+        return None
+    answered = _date(response.headers.get("Date", "")) or datetime.now(UTC)
+    return min(max(0.0, (until - answered).total_seconds()), LONGEST_WAIT_S)
 
 
-def _asked_wait_s(error: ServiceUnreachable | ServiceRefused) -> float:
-    return (error.retry_after_s or 0.0) if isinstance(error, ServiceRefused) else 0.0
+def _date(text: str) -> datetime | None:
+    try:
+        found = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 def _parsed(response: httpx.Response, kind: type[AnyMessage]) -> AnyMessage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ OPEN_SIZE = 1
 RUNS_PER_SIZE = 7
 LONGEST_MS = 3_600_000.0
 LONGEST_REST_S = 1.2
+ENDS_AFTER_S = 1.8  # of the 2 s that docs/agent.md gives a warm-up, where one row takes less than half of it
 
 
 @dataclass(frozen=True)
@@ -88,26 +89,33 @@ def warm_up(
     known: ProfileReport | None = None,
     must_match: Session | None = None,
     quota: EmulatedQuota | None = None,
+    open_session: Callable[..., Session] = Session,
 ) -> Warmed:
     """Loads a variant beside whatever runs, tries it, and measures it unless ``known`` says it was.
 
     Runs a batch of 1 and the largest batch (or the largest that fits the budget, on a slow device), checks that
     outputs are sane, of the promised shape and, for the golden input, what they were before on this device, and that
     callers of ``must_match`` can use it unchanged. Raises AttemptFailed(incompatible) otherwise.
+
+    ``open_session`` is for tests: a model as slow as they like.
     """
     memory_before = psutil.Process().memory_info().rss
-    session = Session(path, threads=threads, quota=quota)
+    session = open_session(path, threads=threads, quota=quota)
+    meter, ends_s = _Meter(session), time.monotonic() + ENDS_AFTER_S
     if must_match is not None and not _can_replace(session, must_match):
         raise AttemptFailed("its inputs or outputs differ from the running model's", outcome=Outcome.INCOMPATIBLE)
-    outputs, first = _answer(session, 1)
+    outputs, first = meter.run(1)
     golden = golden_output(outputs, computed_by=" ".join((runtime_version(), *hardware().isa)))
     largest = max_batch if session.is_batchable else 1
     affordable = max(1, min(largest, int(budget_s * 1000 / max(first.service_ms, 1e-3))))
-    _try(session, affordable)
+    if affordable > 1:
+        _answer(session, affordable)
     if known is not None:
         session.line = (known.a_ms, known.b_ms)
         return Warmed(session=session, profile=_compared(known, golden, session))
-    points, cpu_ms_per_row = _measure(session, budget_s=budget_s)
+    again, second = meter.run(1)
+    sizes = BATCH_SIZES if session.is_batchable else (1,)
+    points = _measure(meter, sizes, [first, second], budget_s=budget_s, ends_s=ends_s)
     line = fit(points)
     session.line = (line.a_ms, line.b_ms)
     profile = ProfileReport(
@@ -118,8 +126,8 @@ def warm_up(
         r2=line.r2,
         load_ms=min(session.load_ms, LONGEST_MS),
         memory_bytes=max(psutil.Process().memory_info().rss - memory_before, path.stat().st_size),
-        cpu_ms_per_row=min(cpu_ms_per_row, LONGEST_MS),
-        golden=_repeated(golden, session),
+        cpu_ms_per_row=min(meter.cpu_ms_per_row(), LONGEST_MS),
+        golden=_if_repeated(golden, again),
     )
     return Warmed(session=session, profile=profile)
 
@@ -152,20 +160,14 @@ def _compared(known: ProfileReport, golden: GoldenOutput, session: Session) -> P
             reason = "its answer to the golden input is not the one that it gave here before"
             raise AttemptFailed(reason, outcome=Outcome.INCOMPATIBLE)
         return None
-    found = _repeated(golden, session)
+    outputs, _ = _answer(session, 1)
+    found = _if_repeated(golden, outputs)
     return known.model_copy(update={"golden": found}) if found != known.golden else None
 
 
-def _repeated(golden: GoldenOutput, session: Session) -> GoldenOutput | None:
+def _if_repeated(golden: GoldenOutput, outputs: dict[str, Array]) -> GoldenOutput | None:
     """The golden output if the variant gives it twice: what draws random numbers has none."""
-    outputs, _ = _answer(session, 1)
     return golden if agrees(golden, golden_output(outputs, computed_by=golden.computed_by)) else None
-
-
-def _try(session: Session, rows: int) -> tuple[float, float]:
-    """Runs once and checks the answer; wall and CPU milliseconds."""
-    _, cost = _answer(session, rows)
-    return cost.service_ms, cost.cpu_ms
 
 
 def _answer(session: Session, rows: int) -> tuple[dict[str, Array], RunCost]:
@@ -203,56 +205,66 @@ def at_rest_ms(runs: Sequence[Run]) -> float:
     return free[(len(free) - 1) // 4]
 
 
-class _Pace:
-    """Lets a CPU quota recover after each run, so that runs show what a request at low load sees, not the quota.
+class _Meter:
+    """Times runs of a session. Before each it lets a CPU quota recover from the last, so that runs show what a request
+    at low load sees, not the quota. Runs that were stopped by the quota all the same are known by the kernel's count of
+    throttled periods."""
 
-    Runs that were stopped by the quota all the same are known by the kernel's count of throttled periods.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, session: Session) -> None:
         quota = cpu_quota()
+        self._session = session
         self._quota_cores = quota.cores if quota else None
-        self._left_s = LONGEST_REST_S if self._quota_cores is not None else 0.0
+        self._left_s = LONGEST_REST_S
+        self._owed_s = 0.0
+        self._cpu_ms_per_row: list[float] = []
 
-    def rest(self, *, service_ms: float, cpu_ms: float) -> None:
-        """Sleeps until the CPU time of a run is granted again, as far as the budget for resting goes."""
-        if self._quota_cores is not None and self._left_s > 0:
-            rest_s = min(self._left_s, max(0.0, cpu_ms / self._quota_cores - service_ms) / 1000)
-            self._left_s -= rest_s
+    def cpu_ms_per_row(self) -> float:
+        """The median of the runs so far; the lesser of two, since the first run of a session does more."""
+        return sorted(self._cpu_ms_per_row)[(len(self._cpu_ms_per_row) - 1) // 2]
+
+    def run(self, rows: int) -> tuple[dict[str, Array], Run]:
+        """One run on the sample inputs, checked; raises AttemptFailed."""
+        self._rest()
+        throttles = self._throttles()
+        outputs, cost = _answer(self._session, rows)
+        self._cpu_ms_per_row.append(cost.cpu_ms / rows)
+        if self._quota_cores is not None:
+            self._owed_s = max(0.0, cost.cpu_ms / self._quota_cores - cost.service_ms) / 1000
+        busy_ms = min(cost.service_ms, cost.cpu_ms / self._session.threads)
+        return outputs, Run(self._throttles() > throttles, cost.service_ms, busy_ms)
+
+    def _rest(self) -> None:
+        """Sleeps until the CPU time of the last run is granted again, as far as the budget for resting goes."""
+        rest_s = min(self._left_s, self._owed_s)
+        self._left_s, self._owed_s = self._left_s - rest_s, 0.0
+        if rest_s > 0:
             time.sleep(rest_s)
 
-    def is_throttled_since(self, count: int) -> bool:
-        """Whether the quota stopped this process after ``count``."""
-        return self._quota_cores is not None and throttled_periods() > count
-
-    def throttles(self) -> int:
-        """The count so far."""
+    def _throttles(self) -> int:
         return throttled_periods() if self._quota_cores is not None else 0
 
 
-def _measure(session: Session, *, budget_s: float) -> tuple[list[tuple[int, float]], float]:
-    """Run times at rest per batch size, within the budget, and CPU milliseconds per row; sizes that would not fit are
-    left out. Resting for a quota is not part of the budget."""
-    sizes = BATCH_SIZES if session.is_batchable else (1,)
-    pace, left_s = _Pace(), budget_s
+def _measure(
+    meter: _Meter, sizes: Sequence[int], singles: list[Run], *, budget_s: float, ends_s: float
+) -> list[tuple[int, float]]:
+    """Run times at rest per batch size, within the budget. Sizes that would not fit are left out, but the second, which
+    the slope of a fit needs, only where it would also end after ``ends_s``. ``singles`` are the runs of the first size
+    so far; neither they nor resting for a quota are part of the budget."""
+    left_s = budget_s
     points: list[tuple[int, float]] = []
-    cpu_ms_per_row: list[float] = []
     for index, size in enumerate(sizes):
         share_s = max(0.0, left_s) / (len(sizes) - index)
         expected_s = points[-1][1] * size / points[-1][0] / 1000 if points else 0.0
-        if expected_s > left_s and len(points) >= 2:
+        may_take_s = left_s if len(points) != 1 else max(left_s, ends_s - time.monotonic())
+        if points and expected_s > may_take_s:
             break
-        took: list[Run] = []
+        took = [] if points else singles
         while not took or (len(took) < RUNS_PER_SIZE and took[-1].service_ms / 1000 < share_s):
-            throttles = pace.throttles()
-            service_ms, cpu_ms = _try(session, size)
-            busy_ms = min(service_ms, cpu_ms / session.threads)
-            took.append(Run(pace.is_throttled_since(throttles), service_ms, busy_ms))
-            cpu_ms_per_row.append(cpu_ms / size)
-            share_s, left_s = share_s - service_ms / 1000, left_s - service_ms / 1000
-            pace.rest(service_ms=service_ms, cpu_ms=cpu_ms)
+            _, run = meter.run(size)
+            took.append(run)
+            share_s, left_s = share_s - run.service_ms / 1000, left_s - run.service_ms / 1000
         points.append((size, at_rest_ms(took)))
-    return points, sorted(cpu_ms_per_row)[len(cpu_ms_per_row) // 2]
+    return points
 
 
 def _sample(tensor: Tensor, rows: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from pathlib import Path
 
@@ -31,10 +32,12 @@ def load(
     threads: int,
     slo_p95_ms: float | None = None,
 ) -> Executor:
-    """An executor that serves one file. Raises AttemptFailed when the file cannot be served.
+    """An executor that serves one file. Raises AttemptFailed when the file cannot be served, BadConfiguration for
+    numbers that cannot be, such as more threads than cores.
 
     With an SLO the controller chooses batch and concurrency inside the bounds, and sheds what would come too late.
     """
+    _require_cores(threads)
     try:
         configuration = ServingConfiguration(
             max_batch=max_batch, max_concurrency=max_concurrency, threads=threads, controller=slo_p95_ms is not None
@@ -59,10 +62,17 @@ def load(
 
 
 def profile(path: Path, *, threads: int, config: AgentConfig) -> ProfileReport:
-    """Measures one file; raises AttemptFailed when it cannot be run."""
+    """Measures one file; raises AttemptFailed when it cannot be run, BadConfiguration for more threads than cores."""
+    _require_cores(threads)
     warmed = _warmed(path, config=config, threads=threads, max_batch=16, budget_s=PROFILE_BUDGET_S)
     assert warmed.profile is not None, "an unknown variant is always measured"
     return warmed.profile
+
+
+def _require_cores(threads: int) -> None:
+    cores = len(os.sched_getaffinity(0))
+    if not 1 <= threads <= cores:
+        raise BadConfiguration(f"--threads {threads}: must be 1 to {cores}, the cores that this process may use")
 
 
 def _warmed(path: Path, *, config: AgentConfig, threads: int, max_batch: int, budget_s: float) -> Warmed:

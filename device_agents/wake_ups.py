@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from device_agents.client import ServiceClient, full_jitter_s
+from device_agents.client import ServiceClient, asked_wait_s, full_jitter_s
 from device_agents.errors import AgentError, ServiceRefused
 from device_agents.wire import WakeUp
 
@@ -54,7 +54,7 @@ class WakeUps:
             return self._random.uniform(0.0, 1.0)
         except AgentError as error:
             logger.debug("wake-up channel ended reason=%r", str(error))
-            wait_s = full_jitter_s(failures, self._random, cap_s=LONGEST_PAUSE_S)
+            wait_s = max(full_jitter_s(failures, self._random, cap_s=LONGEST_PAUSE_S), asked_wait_s(error))
             is_refused = isinstance(error, ServiceRefused) and error.permanent
             return max(wait_s, REFUSED_PAUSE_S) if is_refused else wait_s
         except Exception:

@@ -6,6 +6,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -41,6 +42,22 @@ def test_the_first_check_in_describes_the_device_and_later_ones_do_not(
     assert first.hardware is not None
     assert first.hardware.cores >= 1
     assert second.hardware is None
+
+
+def test_enrolment_comes_back_no_sooner_than_it_was_asked_to(tmp_path: Path, service: FakeService) -> None:
+    asked_s: list[float] = []
+
+    def busy_at_first(request: httpx.Request) -> httpx.Response:
+        asked_s.append(time.monotonic())
+        if len(asked_s) == 1:
+            return httpx.Response(429, headers={"Retry-After": "1"}, json={"title": "slow down"})
+        return service.transport.handle_request(request)
+
+    config = AgentConfig(service_url=URL, token=TOKEN, name="device", state_dir=tmp_path / "state")
+    with Agent(config, transport=httpx.MockTransport(busy_at_first)) as agent:
+        assert agent.enrol_until_done()
+    first_s, second_s = asked_s
+    assert second_s - first_s >= 1, "the back-off alone is half a second at most"
 
 
 def test_a_wake_up_leads_to_serving_the_decision_within_a_second(agent: Agent, service: FakeService) -> None:

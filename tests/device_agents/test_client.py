@@ -6,6 +6,8 @@ import random
 import socket
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import httpx
@@ -17,6 +19,7 @@ from device_agents.errors import AttemptFailed, BadConfiguration, ServiceRefused
 from device_agents.inspection import examine
 from device_agents.store import Identity
 from device_agents.throughput import LONGEST_KNOWN_S, SMALLEST_BYTES, Throughput
+from device_agents.wake_ups import WakeUps
 from device_agents.wire import CheckIn, Outcome, VariantReference
 from tests.device_agents.fake_service import NOW, URL, Body, FakeService, variant
 from tests.device_agents.models import Model, scaling
@@ -183,6 +186,73 @@ def test_retry_after_is_kept() -> None:
         client.check_in(CheckIn(sent_at=NOW))
     assert refused.value.retry_after_s == 7
     assert not refused.value.permanent
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        ("7", 7),
+        ("99999999", 300),
+        ("Tue, 01 Jan 2030 00:00:40 GMT", 40),
+        ("Tue, 01 Jan 2030 00:00:40 -0000", 40),
+        ("Mon, 31 Dec 2029 23:59:00 GMT", 0),
+        ("Fri, 31 Dec 2032 23:59:00 GMT", 300),
+        ("Fri, 31 Dec 99999999999999999999 23:59:59 GMT", None),
+        ("soon", None),
+        ("-7", None),
+        ("\u00b2", None),
+        ("", None),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date_by_the_services_clock(asked: str, seconds: float | None) -> None:
+    headers = [(b"Date", b"Tue, 01 Jan 2030 00:00:00 GMT"), (b"Retry-After", asked.encode("latin-1"))]
+    answer = httpx.Response(503, headers=headers)
+    client = ServiceClient(URL, identity=IDENTITY, transport=httpx.MockTransport(lambda _: answer))
+    with pytest.raises(ServiceRefused) as refused:
+        client.check_in(CheckIn(sent_at=NOW))
+    assert refused.value.retry_after_s == seconds
+
+
+def test_a_date_to_come_back_at_counts_from_now_where_the_answer_tells_no_time() -> None:
+    until = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    answer = httpx.Response(429, headers={"Retry-After": until})
+    client = ServiceClient(URL, identity=IDENTITY, transport=httpx.MockTransport(lambda _: answer))
+    with pytest.raises(ServiceRefused) as refused:
+        client.check_in(CheckIn(sent_at=NOW))
+    assert refused.value.retry_after_s == pytest.approx(100, abs=10)
+
+
+class Hearing(threading.Event):
+    """Notes for how long it is waited on, and is set by that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits.append(timeout or 0.0)
+        self.set()
+        return True
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "at_least_s", "at_most_s"),
+    [
+        (429, {"Retry-After": "120"}, 120, 120),
+        (503, {"Retry-After": "1"}, 1, 1),
+        (503, {}, 0, 0.5),
+        (401, {"Retry-After": "1"}, 30, 30),
+    ],
+)
+def test_the_ear_for_wake_ups_comes_back_no_sooner_than_it_was_asked_to(
+    status: int, headers: dict[str, str], at_least_s: float, at_most_s: float
+) -> None:
+    answer = httpx.Response(status, headers=headers, json={"title": "slow down"})
+    client = ServiceClient(URL, identity=IDENTITY, transport=httpx.MockTransport(lambda _: answer))
+    stopping = Hearing()
+    WakeUps(client, on_wake=lambda _: None, rng=random.Random(1), stopping=stopping).listen()
+    assert len(stopping.waits) == 1
+    assert at_least_s <= stopping.waits[0] <= at_most_s
 
 
 def test_back_off_is_fully_jittered_and_bounded() -> None:

@@ -22,9 +22,11 @@ import pytest
 from device_agents.__main__ import main, parser
 from device_agents.admission import check_inputs
 from device_agents.config import AgentConfig
+from device_agents.errors import BadConfiguration
 from device_agents.inference_protocol import decode_request
 from device_agents.listening import bind
 from device_agents.runtime import Session
+from device_agents.standalone import load
 from device_agents.store import Identity, Record, Store
 from device_agents.wire import UpdateState
 from tests.device_agents.fake_service import desired
@@ -32,6 +34,7 @@ from tests.device_agents.models import Model, dense, scaling
 from tests.device_agents.serving import client_of
 
 ROOT = Path(__file__).parents[2]
+CORES = len(os.sched_getaffinity(0))
 BODY = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
 
 
@@ -70,6 +73,13 @@ def test_profile_can_be_read_by_a_person(model_file: Path, capsys: pytest.Captur
         (["run", "--service-url", "http://qoe.example.org"], "--allow-plaintext"),
         (["run", "--service-url", "http://127.0.0.1:9"], "--token"),
         (["run", "--port", "99999"], "port"),
+        (["run", "--disk-budget-bytes", "0"], "disk_budget_bytes"),
+        (["run", "--disk-reserve-bytes", "-1"], "disk_reserve_bytes"),
+        (["run", "--spool-budget-bytes", "0"], "spool_budget_bytes"),
+        (["run", "--spool-max-age-s", "0"], "spool_max_age_s"),
+        (["serve", "--model", "m.onnx", "--queue-requests", "0"], "queue_requests"),
+        (["serve", "--model", "m.onnx", "--body-limit-bytes", "0"], "body_limit_bytes"),
+        (["serve", "--model", "m.onnx", "--profile-budget-s", "3"], "profile_budget_s"),
         (["status", "--config", "nowhere.toml"], "nowhere.toml"),
         (["status", "--state-dir", "x" * 300], "File name too long"),
     ],
@@ -79,6 +89,20 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], says: str, caps
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("qoe-agent: ")
     assert says in error
+
+
+@pytest.mark.parametrize("threads", [0, CORES + 1, 4096])
+def test_more_threads_than_cores_are_refused_with_what_is_allowed(
+    model_file: Path, threads: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BadConfiguration, match=f"--threads {threads}: must be 1 to {CORES}, the cores"):
+        load(model_file, model_name="m", config=AgentConfig(), max_batch=1, max_concurrency=1, threads=threads)
+    assert main(["profile", str(model_file), "--threads", str(threads)]) == 1
+    assert capsys.readouterr().err.startswith(f"qoe-agent: --threads {threads}: must be 1 to {CORES}")
+
+
+def test_as_many_threads_as_cores_are_served(model_file: Path) -> None:
+    load(model_file, model_name="m", config=AgentConfig(), max_batch=1, max_concurrency=1, threads=CORES).close()
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,6 +266,21 @@ def test_the_unit_of_the_readme_starts_the_agent_with_settings_that_exist_whatev
     assert options.config == Path("/etc/qoe-agent.toml")
     assert {name.lower() for name in settings} <= set(AgentConfig.model_fields)
     assert "network-online" not in unit
+
+
+def test_every_setting_has_a_flag_and_serving_one_file_shows_those_that_matter_to_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = {setting: f"--{setting.replace('_', '-')}" for setting in AgentConfig.model_fields} | {"labels": "--label"}
+    shown: dict[str, set[str]] = {}
+    for command in ("run", "serve", "profile"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told = set(capsys.readouterr().out.split())
+        shown[command] = {setting for setting, flag in flags.items() if flag in told}
+    assert shown["run"] == set(AgentConfig.model_fields)
+    assert {"queue_requests", "body_limit_bytes", "profile_budget_s"} <= shown["serve"]
+    assert shown["profile"] == {"cpu_quota_emulated", "log_level"}
 
 
 @pytest.mark.parametrize("command", ["run", "enrol", "serve", "profile", "status", "credential", "doctor"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from device_agents.errors import AttemptFailed
 from device_agents.profiler import Run, at_rest_ms, fit, warm_up
-from device_agents.runtime import Session
+from device_agents.runtime import Array, RunCost, Session
 from device_agents.wire import Outcome, ProfileReport
 from tests.device_agents.models import Model, dense, scaling
 
@@ -46,6 +47,33 @@ def test_a_profile_is_measured_within_two_seconds(tmp_path: Path) -> None:
     assert profile.memory_bytes >= path.stat().st_size
     assert profile.cpu_ms_per_row is not None
     assert profile.cpu_ms_per_row > 0
+
+
+class Slow(Session):
+    """Takes ``row_s`` for each row, as a model does on a device that is too small for it."""
+
+    row_s = 0.4
+
+    def run_timed(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], RunCost]:
+        outputs, cost = super().run_timed(inputs)
+        time.sleep(self.row_s * len(inputs["x"]))
+        return outputs, RunCost(cost.service_ms + self.row_s * len(inputs["x"]) * 1000, cost.cpu_ms)
+
+
+class Slower(Slow):
+    row_s = 0.8
+
+
+@pytest.mark.parametrize(("slow", "row_ms"), [(Slow, 400), (Slower, 800)])
+def test_a_slow_model_is_profiled_within_two_seconds_too(tmp_path: Path, slow: type[Slow], row_ms: float) -> None:
+    path = scaling(2).write(tmp_path / "m.onnx")
+    started_s = time.monotonic()
+    profile = warm_up(path, digest=DIGEST, threads=1, max_batch=8, budget_s=0.3, open_session=slow).profile
+    assert time.monotonic() - started_s < 2
+    assert profile is not None
+    assert profile.golden is not None, "that it answers the same twice was found out in that time as well"
+    assert profile.a_ms == pytest.approx(row_ms, rel=0.05)
+    assert profile.b_ms < 0.05 * row_ms
 
 
 def test_what_a_quota_stopped_counts_only_by_what_it_worked_and_only_alone() -> None:

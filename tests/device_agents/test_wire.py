@@ -70,6 +70,7 @@ def test_every_message_that_is_sent_has_a_golden_payload() -> None:
         "Problem",
         "KeySet",
         "WakeUp",
+        "SharedWeights",
     }
 
 
