@@ -80,7 +80,7 @@ class Kills:
 
 
 class KillBench:
-    """One device that is killed again and again. Each life begins with a check of what it boots to."""
+    """One device that is killed again and again. After each kill follows a check of what it boots to."""
 
     def __init__(self, folder: Path, *, seed: int) -> None:
         self.found = Kills()
@@ -104,6 +104,7 @@ class KillBench:
                         self._life(service, device, offer, state)
                 for _ in range(arbitrary):
                     self._life(service, device, offer, None)
+                service.hold(False)  # who still asks is answered before the service ends
             self.found.answers, self.found.unverified_served = watch.answers, watch.unverified
         return self.found
 
@@ -112,12 +113,9 @@ class KillBench:
         service.want(decision(offer.good(), "first"))
         if not device.wait_for_state(S.COMMITTED, "first", COMMIT_S):
             raise TimeoutError("the first variant was not committed")
-        device.kill()
 
     def _life(self, service: RigService, device: Device, offer: Offer, aim: UpdateState | None) -> None:
-        """Boot, check, begin an attempt, die."""
-        service.hold(True)
-        self._boot(device)
+        """Begin an attempt, die, boot, check; the service holds its documents back until the next attempt."""
         decision_id = f"d{next(self._numbers)}"
         if aim is None:
             self._begin_anything(service, offer, decision_id)
@@ -128,6 +126,8 @@ class KillBench:
         record = device.record()
         self.found.kills += 1
         self.found.reached[record.state.value if record else "none"] += 1
+        service.hold(True)
+        self._boot(device)
 
     def _boot(self, device: Device) -> None:
         record = device.record()

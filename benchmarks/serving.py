@@ -13,6 +13,8 @@ import argparse
 import contextlib
 import hashlib
 import json
+import logging
+import operator
 import os
 import signal
 import statistics
@@ -27,6 +29,8 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.delivery_service import DEVICE_ID, RigService
+from benchmarks.serving_control import FEW_MISSES
 from benchmarks.serving_control import compare as compare_control
 from benchmarks.serving_http import (
     PEERS,
@@ -49,26 +53,42 @@ from device_agents.served import ServedModel
 from device_agents.store import Identity, Record, Store
 from device_agents.wire import DesiredApplication, ServingConfiguration, UpdateState, VariantReference
 
+logger = logging.getLogger(__name__)
+
 PARTS = ("inprocess", "http", "added", "control", "simulated", "idle")
 TARGETS: Mapping[str, tuple[str, float]] = {
     "inprocess_vs_bare": (">=", 0.95),
     "goodput_vs_mlserver": (">=", 2.0),
     "goodput_vs_best_peer": (">=", 1.5),
     "http_added_ms_p50": ("<=", 0.5),
+    "http_added_ms_over_lowest_peer": ("<", 0.0),
     "control_vs_oracle": (">=", 0.95),
+    "control_miss_share": ("<=", FEW_MISSES),
     "control_vs_best_baseline": (">", 1.0),
     "control_vs_oracle_simulated": (">=", 0.95),
     "idle_rss_over_bare_mb": ("<=", 45.0),
     "idle_cpu_share": ("<=", 0.005),
     "start_s": ("<=", 1.5),
 }
+RELATIONS: Mapping[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    ">": operator.gt,
+    "<=": operator.le,
+    "<": operator.lt,
+}
 KEYS_OF = {
     "inprocess": ("inprocess_vs_bare",),
     "http": ("goodput_vs_mlserver", "goodput_vs_best_peer"),
-    "added": ("http_added_ms_p50", "http_ms_p50"),
-    "control": ("control_vs_oracle", "control_vs_best_baseline"),
+    "added": ("http_added_ms_p50", "http_ms_p50", "http_added_ms_over_lowest_peer"),
+    "control": ("control_vs_oracle", "control_miss_share", "control_vs_best_baseline"),
     "simulated": ("control_vs_oracle_simulated", "control_vs_oracle_simulated_mean"),
     "idle": ("idle_rss_over_bare_mb", "start_s"),
+}
+WITHOUT_VALUE = {
+    "goodput_vs_mlserver": "no goodput of MLServer: not installed (benchmarks/peers.sh), or failed",
+    "goodput_vs_best_peer": "no goodput of another peer: not installed (benchmarks/peers.sh), or failed",
+    "http_added_ms_over_lowest_peer": "no peer was measured: --quick, not installed (benchmarks/peers.sh), or failed",
+    "control_miss_share": f"the oracle misses more than {FEW_MISSES:.0%} at every load that was measured",
 }
 
 
@@ -129,7 +149,8 @@ def _rate(work: Callable[[], object], callers: int, seconds: float) -> float:
 
 # -- idle --------------------------------------------------------------------------------------------------------------
 
-NOBODY = "http://127.0.0.1:9"
+CONNECTED_WITHIN_S = 15.0
+CHECK_IN_INTERVAL_S = 30.0  # the service's, on RigService too: CPU at rest is that of a whole interval
 BARE = """
 import os, sys, numpy, onnxruntime as ort
 options = ort.SessionOptions(); options.intra_op_num_threads = 1; options.inter_op_num_threads = 1
@@ -143,8 +164,9 @@ print(flush=True); sys.stdin.readline()
 def measure_idle(folder: Path, *, seconds: float, repetitions: int) -> dict[str, float | None]:
     """Memory of the agent at rest above a bare process with the same session, its CPU at rest, and its start.
 
-    The agent is ``qoe-agent run`` with one committed application and a service that does not answer; the leaner
-    ``qoe-agent serve`` is printed beside it.
+    The agent is ``qoe-agent run``, enrolled, with one committed application, and connected to a service on loopback:
+    it has checked in, follows the desired document, and its wake-up stream is open. The leaner ``qoe-agent serve`` is
+    printed beside it.
     """
     path, over, starts, shares = TINY.write(folder), [], [], []
     environment = _as_installed(folder)
@@ -158,12 +180,13 @@ def measure_idle(folder: Path, *, seconds: float, repetitions: int) -> dict[str,
             bare.kill()
         with running(Contestant("qoe-agent", 16), TINY, slo_ms=10.0, folder=folder) as (_, pid):
             serve_mb = psutil.Process(pid).memory_info().rss / 2**20
-        with tempfile.TemporaryDirectory() as state:
-            _commit(path, Path(state))
+        with tempfile.TemporaryDirectory() as state, RigService() as service:
+            store = _commit(path, Path(state), service)
             began_s = time.monotonic()
-            with agent_running(Path(state), environment) as pid:
+            with agent_running(store, service, environment) as pid:
                 starts.append(time.monotonic() - began_s)
                 agent = psutil.Process(pid)
+                _wait_until_connected(store, service)
                 time.sleep(1.0)
                 before = sum(agent.cpu_times()[:2])
                 time.sleep(seconds)
@@ -186,17 +209,19 @@ def _as_installed(folder: Path) -> Mapping[str, str]:
     """Modules are compiled already, as pip leaves them; those of a source tree may be compiled at every start."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
-    modules = "import device_agents.__main__, device_agents.agent, uvicorn.loops.uvloop"
+    modules = "import device_agents.__main__, device_agents.agent, uvicorn.loops.uvloop, uvicorn.lifespan.off"
+    modules += ", httpcore, anyio, certifi, encodings.idna"  # what it loads no sooner than it connects
     subprocess.run([sys.executable, "-c", modules], env=environment, check=True)
     return environment
 
 
-def _commit(path: Path, state: Path) -> None:
-    """A state folder as an enrolled device has it that follows one decision."""
+def _commit(path: Path, state: Path, service: RigService) -> Store:
+    """A state folder as an enrolled device of that service has it that follows one decision."""
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     store = Store(state, disk_budget_bytes=2**30)
-    store.save_identity(Identity(service_url=NOBODY, device_id="d", credential="c"))
+    url, keys = f"http://127.0.0.1:{service.port}", (service.trusted_key,)
+    store.save_identity(Identity(service_url=url, device_id=DEVICE_ID, credential="c", trusted_keys=keys))
     store.artifact(digest).parent.mkdir(parents=True, exist_ok=True)
     store.artifact(digest).write_bytes(content)
     desired = DesiredApplication(
@@ -209,14 +234,37 @@ def _commit(path: Path, state: Path) -> None:
         slo_p95_ms=10,
     )
     store.save_record(Record(application="m", model_name="m", state=UpdateState.COMMITTED, committed=desired))
+    service.want(desired)
+    return store
+
+
+def _wait_until_connected(store: Store, service: RigService) -> None:
+    """Until the agent has checked in and looked, and then looked again at what only its wake-up stream told it.
+
+    Raises RuntimeError otherwise. The next check-in, which would tell it too, is due long after the wait has ended.
+    """
+    if not service.wait_for(lambda: bool(service.check_ins), CONNECTED_WITHIN_S):
+        raise RuntimeError("the idle agent never checked in")
+    _wait_until_looked(store, service)
+    service.want(*service.applications)
+    _wait_until_looked(store, service)
+
+
+def _wait_until_looked(store: Store, service: RigService) -> None:
+    ends_s = time.monotonic() + CONNECTED_WITHIN_S
+    while store.seen_version() != service.version:
+        if time.monotonic() > ends_s:
+            raise RuntimeError("the idle agent does not follow its service")
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
-def agent_running(state: Path, environment: Mapping[str, str]) -> Iterator[int]:
-    """``qoe-agent run`` on that folder, answering; gives its process id."""
-    port = free_port()
+def agent_running(store: Store, service: RigService, environment: Mapping[str, str]) -> Iterator[int]:
+    """``qoe-agent run`` on that store's folder, answering; gives its process id."""
+    port, state = free_port(), store.folder
     command = [sys.executable, "-m", "device_agents", "run", "--state-dir", str(state), "--port", str(port)]
-    process = subprocess.Popen([*command, "--service-url", NOBODY], env=environment, stderr=subprocess.DEVNULL)
+    command += ["--service-url", f"http://127.0.0.1:{service.port}"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
         wait_until_answering(port, request_of(Contestant("qoe-agent", 16), TINY), process, state / "status.json")
         yield process.pid
@@ -235,16 +283,18 @@ def calibration_loop_ms() -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def run(part: str, folder: Path, *, models: Sequence[BenchmarkModel], quick: bool) -> dict[str, float | None]:
-    """One part."""
+def run(
+    part: str, folder: Path, *, models: Sequence[BenchmarkModel], quick: bool, failed: dict[str, str]
+) -> dict[str, float | None]:
+    """One part; which peers failed in it, and why, is put into ``failed``."""
     match part:
         case "inprocess":
             return compare_inprocess(folder, seconds=0.15 if quick else 0.3, repetitions=10 if quick else 60)
         case "http":
-            return compare_goodput(folder, models=models or KINDS, seconds=2.5)
+            return compare_goodput(folder, models=models or KINDS, seconds=2.5, failed=failed)
         case "added":
-            added = compare_added(folder, repetitions=1 if quick else 5, seconds=1.0 if quick else 2.0, quick=quick)
-            return {**added}
+            repetitions, seconds = (1, 1.0) if quick else (5, 2.0)
+            return compare_added(folder, repetitions=repetitions, seconds=seconds, quick=quick, failed=failed)
         case "control":
             return compare_control(
                 models or ((DENSE,) if quick else (DENSE, CONV)),
@@ -256,7 +306,7 @@ def run(part: str, folder: Path, *, models: Sequence[BenchmarkModel], quick: boo
         case "simulated":
             return compare_simulated(DEVICES, WEATHERS, seconds=2.0)
         case _:
-            return measure_idle(folder, seconds=2.0 if quick else 20.0, repetitions=1 if quick else 5)
+            return measure_idle(folder, seconds=2.0 if quick else CHECK_IN_INTERVAL_S, repetitions=1 if quick else 5)
 
 
 def main() -> None:
@@ -270,11 +320,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers that were started must end too
     models = [model for model in KINDS if model.name == options.model]
     not_run: dict[str, str] = {}
+    failed: dict[str, str] = {}
     found: dict[str, float | None] = {}
     print(
         f"calibration loop {calibration_loop_ms():.1f} ms; peers installed: "
         f"{[name for name in PEERS if is_installed(name)]}"
     )
+    print(f"peers not installed (benchmarks/peers.sh): {[name for name in PEERS if not is_installed(name)]}")
     with tempfile.TemporaryDirectory() as scratch:
         for part in PARTS:
             reason = _left_out(part, options.only, quick=options.quick)
@@ -282,17 +334,30 @@ def main() -> None:
                 not_run |= dict.fromkeys(KEYS_OF[part], reason)
                 continue
             print(f"{part}:", flush=True)
-            found |= run(part, Path(scratch), models=models, quick=options.quick)
-    for key in KEYS_OF["http"]:
-        if key not in not_run and found.get(key) is None:
-            not_run[key] = "the peers are not installed: benchmarks/peers.sh"
-    for key, (relation, target) in TARGETS.items():
-        if (value := found.get(key)) is not None:
-            holds = value >= target if relation == ">=" else value > target if relation == ">" else value <= target
-            print(f"{key}: {value:.3f}, target {relation} {target}: {'met' if holds else 'MISSED'}")
+            try:
+                found |= run(part, Path(scratch), models=models, quick=options.quick, failed=failed)
+            except Exception as error:
+                # The top of the loop: what the other parts find must not be lost with this one.
+                logger.exception("part failed part=%s", part)
+                print(f"  {part} failed: {error!r}", flush=True)
+                failed |= dict.fromkeys(KEYS_OF[part], str(error).strip() or repr(error))
+    not_run |= failed
+    for key, reason in WITHOUT_VALUE.items():
+        if found.get(key) is None:
+            not_run.setdefault(key, reason)
+    _judge(found)
     keys = [key for keys in KEYS_OF.values() for key in keys]
     summary = {key: None if (value := found.get(key)) is None else round(value, 4) for key in keys}
     print(json.dumps(summary | {"not_run": not_run, "calibration_loop_ms": round(calibration_loop_ms(), 1)}))
+    if failed:
+        sys.exit(1)
+
+
+def _judge(found: Mapping[str, float | None]) -> None:
+    for key, (relation, target) in TARGETS.items():
+        if (value := found.get(key)) is not None:
+            verdict = "met" if RELATIONS[relation](value, target) else "MISSED"
+            print(f"{key}: {value:.3f}, target {relation} {target}: {verdict}")
 
 
 def _left_out(part: str, only: list[str] | None, *, quick: bool) -> str:

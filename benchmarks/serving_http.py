@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import json
 import math
 import os
@@ -32,6 +33,8 @@ SERVER_CORE, CLIENT_CORE = 0, 1
 BATCH = 16
 LOADS = (0.5, 0.7, 0.9, 1.0, 1.1)
 START_WITHIN_S = 60.0
+FAILURES = (RuntimeError, OSError, ValueError, http.client.HTTPException, subprocess.SubprocessError)
+"""What one server's trouble looks like: it does not start, answer or end, or hangs up on the generator."""
 
 
 @dataclass(frozen=True)
@@ -192,25 +195,32 @@ def wait_until_answering(port: int, request: bytes, process: subprocess.Popen[by
 
 
 def measure(load: Load) -> Mapping[str, float]:
-    """One run of the load generator, in a process of its own."""
+    """One run of the load generator, in a process of its own. Raises RuntimeError with its last words."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.load"],
         input=specification(load),
         capture_output=True,
         text=True,
         cwd=ROOT,
-        check=True,
+        check=False,
     )
+    if done.returncode:
+        raise RuntimeError(f"the load generator failed: {done.stderr[-300:].strip()}")
     found: Mapping[str, float] = json.loads(done.stdout)
     return found
 
 
 def capacity_rps(port: int, request: str, *, seconds: float) -> float:
-    """The most that the server answers, whatever the latency: the best of a few numbers of busy connections."""
+    """The most that the server answers, whatever the latency: the best of a few numbers of busy connections.
+
+    Raises RuntimeError for a server that answers nothing: shares of nothing would compare with nothing.
+    """
     found = [
         measure(Load(port, request, seconds, slo_ms=1e9, connections=connections, core=CLIENT_CORE))["throughput_rps"]
         for connections in (4, 24)
     ]
+    if not max(found):
+        raise RuntimeError("answers no request")
     return max(found)
 
 
@@ -246,28 +256,37 @@ class Entry:
         """Mean over the loads."""
         return statistics.mean(row["goodput_rps"] for row in self.rows.values())
 
+    def offer(self, share: float, *, seconds: float, slo_ms: float) -> None:
+        """One turn at that share of its capacity."""
+        self.machine_ms.append(calibration_ms())
+        rate = self.capacity_rps * share
+        load = Load(self.port, self.request, seconds, slo_ms, 256, rate, seed=7, core=CLIENT_CORE)
+        self.rows[share] = measure(load)
+
 
 def goodputs(
-    names: Sequence[str], model: BenchmarkModel, *, slo_ms: float, seconds: float, folder: Path
+    names: Sequence[str], model: BenchmarkModel, *, slo_ms: float, seconds: float, folder: Path, failed: dict[str, str]
 ) -> dict[str, Entry]:
-    """The best setting of each server at shares of its own capacity.
+    """The best setting of each server at shares of its own capacity; who fails is in ``failed`` and left out.
 
     All servers stand ready at once and take turns at each load, so that a slow moment of the machine hits all alike;
     ``machine_ms`` is a fixed calibration loop on the server's core, timed right before each turn.
     """
     with contextlib.ExitStack() as stack:
-        entries = []
+        started: dict[str, Entry] = {}
         for contestant in (each for name in names for each in settings_of(name, model)):
-            port, _ = stack.enter_context(running(contestant, model, slo_ms=slo_ms, folder=folder))
-            entries.append(Entry(contestant, port, base64.b64encode(request_of(contestant, model)).decode()))
-        for entry in entries:
-            entry.capacity_rps = capacity_rps(entry.port, entry.request, seconds=min(1.5, seconds))
+            with tolerating(what := f"{contestant.label} at {model.name}", failed):
+                port, _ = stack.enter_context(running(contestant, model, slo_ms=slo_ms, folder=folder))
+                started[what] = Entry(contestant, port, base64.b64encode(request_of(contestant, model)).decode())
+        for what, entry in started.items():
+            with tolerating(what, failed):
+                entry.capacity_rps = capacity_rps(entry.port, entry.request, seconds=min(1.5, seconds))
         for share in LOADS:
-            for entry in entries:
-                entry.machine_ms.append(calibration_ms())
-                rate = entry.capacity_rps * share
-                load = Load(entry.port, entry.request, seconds, slo_ms, 256, rate, seed=7, core=CLIENT_CORE)
-                entry.rows[share] = measure(load)
+            for what, entry in started.items():
+                if what not in failed:
+                    with tolerating(what, failed):
+                        entry.offer(share, seconds=seconds, slo_ms=slo_ms)
+    entries = [entry for what, entry in started.items() if what not in failed]
     for entry in entries:
         misses = " ".join(f"{row['miss_share']:.3f}" for row in entry.rows.values())
         best = max(row["goodput_rps"] for row in entry.rows.values())
@@ -277,7 +296,17 @@ def goodputs(
             f"  machine {statistics.median(entry.machine_ms):.0f} ms",
             flush=True,
         )
-    return {name: max((e for e in entries if e.contestant.name == name), key=lambda e: e.goodput_rps) for name in names}
+    return {entry.contestant.name: entry for entry in sorted(entries, key=lambda each: each.goodput_rps)}
+
+
+@contextlib.contextmanager
+def tolerating(what: str, failed: dict[str, str]) -> Iterator[None]:
+    """One server's trouble is said and kept, and the others go on."""
+    try:
+        yield
+    except FAILURES as error:
+        failed[what] = str(error).strip() or repr(error)
+        print(f"  {what} failed: {failed[what]}", flush=True)
 
 
 def calibration_ms() -> float:
@@ -288,15 +317,22 @@ def calibration_ms() -> float:
 
 
 def compare_goodput(
-    folder: Path, *, models: Sequence[BenchmarkModel] = KINDS, seconds: float
+    folder: Path, *, models: Sequence[BenchmarkModel] = KINDS, seconds: float, failed: dict[str, str]
 ) -> dict[str, float | None]:
-    """All servers, all kinds of models. Ratios are geometric means over the kinds."""
+    """All servers, all kinds of models. Ratios are geometric means over the kinds; a peer that fails at one has none.
+
+    Raises RuntimeError when it is the agent that fails.
+    """
     names = ["qoe-agent", *(name for name in PEERS if is_installed(name))]
     ratios: dict[str, list[float]] = {name: [] for name in names[1:]}
     for model in models:
         slo_ms = max(10.0, model.slo_runs * solo_ms(model, folder))
         print(f"{model.name}: SLO {slo_ms:.1f} ms ({model.why})")
-        found = goodputs(names, model, slo_ms=slo_ms, seconds=seconds, folder=folder)
+        found = goodputs(names, model, slo_ms=slo_ms, seconds=seconds, folder=folder, failed=failed)
+        if "qoe-agent" not in found:
+            raise RuntimeError(f"the agent has no goodput for {model.name}")
+        for name in [name for name in ratios if name not in found]:
+            del ratios[name]
         for name, values in ratios.items():
             values.append(found["qoe-agent"].goodput_rps / max(found[name].goodput_rps, 1e-9))
             print(f"  goodput against {name}: {values[-1]:.2f}")
@@ -305,10 +341,14 @@ def compare_goodput(
     return {"goodput_vs_mlserver": means.get("mlserver"), "goodput_vs_best_peer": best}
 
 
-def compare_added(folder: Path, *, repetitions: int, seconds: float, quick: bool = False) -> dict[str, float]:
+def compare_added(
+    folder: Path, *, repetitions: int, seconds: float, quick: bool = False, failed: dict[str, str]
+) -> dict[str, float | None]:
     """p50 in ms of a request that costs the model nothing, one keep-alive client with pauses; medians by server.
 
     Added is what a server takes longer than a handler that returns at once: the loop, the kernel and the client alone.
+    ``http_added_ms_over_lowest_peer`` is below zero when every peer adds more. Raises RuntimeError when the agent or
+    the handler fails.
     """
     names = [HANDLER, "qoe-agent", *(name for name in PEERS if is_installed(name) and not quick)]
     medians: dict[str, list[float]] = {name: [] for name in names}
@@ -316,13 +356,19 @@ def compare_added(folder: Path, *, repetitions: int, seconds: float, quick: bool
         loads = {}
         for name in names:
             contestant = Contestant(name, 1)
-            request = base64.b64encode(request_of(contestant, ECHO)).decode()
-            port, _ = stack.enter_context(running(contestant, ECHO, slo_ms=1e9, folder=folder))
-            loads[name] = Load(port, request, seconds, 1e9, connections=1, think_s=0.004, core=CLIENT_CORE)
-            measure(loads[name])
+            with tolerating(f"{name} at echo", failed):
+                request = base64.b64encode(request_of(contestant, ECHO)).decode()
+                port, _ = stack.enter_context(running(contestant, ECHO, slo_ms=1e9, folder=folder))
+                loads[name] = Load(port, request, seconds, 1e9, connections=1, think_s=0.004, core=CLIENT_CORE)
+                p50_ms(loads[name])
         for _ in range(repetitions):
             for name, load in loads.items():
-                medians[name].append(measure(load)["p50_ms"])
+                if (what := f"{name} at echo") not in failed:
+                    with tolerating(what, failed):
+                        medians[name].append(p50_ms(load))
+    medians = {name: values for name, values in medians.items() if len(values) == repetitions}
+    if not {HANDLER, "qoe-agent"} <= medians.keys():
+        raise RuntimeError("the agent, or the handler to compare it with, has no p50")
     added = {
         name: statistics.median(value - floor for value, floor in zip(values, medians[HANDLER], strict=True))
         for name, values in medians.items()
@@ -331,4 +377,17 @@ def compare_added(folder: Path, *, repetitions: int, seconds: float, quick: bool
         spread = f"{min(values):.3f} to {max(values):.3f}"
         said = f"p50 {statistics.median(values):.3f} ms ({spread} in {len(values)} turns)"
         print(f"  {name:<12} {said}, {added[name]:.3f} added", flush=True)
-    return {"http_added_ms_p50": added["qoe-agent"], "http_ms_p50": statistics.median(medians["qoe-agent"])}
+    lowest_peer = min((value for name, value in added.items() if name in PEERS), default=None)
+    return {
+        "http_added_ms_p50": added["qoe-agent"],
+        "http_ms_p50": statistics.median(medians["qoe-agent"]),
+        "http_added_ms_over_lowest_peer": None if lowest_peer is None else added["qoe-agent"] - lowest_peer,
+    }
+
+
+def p50_ms(load: Load) -> float:
+    """Of one run; raises RuntimeError for a server that answers nothing, whose median would be 0."""
+    found = measure(load)
+    if not found["throughput_rps"]:
+        raise RuntimeError("answers no request")
+    return found["p50_ms"]
