@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import tomllib
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,11 +96,15 @@ def _problem(error: ErrorDetails) -> str:
     name = ".".join(map(str, error["loc"]))
     if error["type"] != "extra_forbidden":
         return f"{name}: {error['msg']}"
+    from difflib import get_close_matches  # noqa: PLC0415 - memory that an agent without trouble does not need
+
     similar = get_close_matches(name, AgentConfig.model_fields, n=1)
     return f"{name}: there is no such setting{f'; did you mean {similar[0]}?' if similar else ''}"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    import tomllib  # noqa: PLC0415 - memory that an agent without a file does not need
+
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

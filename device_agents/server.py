@@ -8,12 +8,12 @@ Every error is JSON: {"error": "..."}.
 from __future__ import annotations
 
 import asyncio
-import gzip
 import json
 import logging
 import math
 import secrets
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future
@@ -46,6 +46,7 @@ MODEL_VERSION = "1"
 EXTENSIONS = ["binary_tensor_data", "model_repository", "statistics", "model_configuration"]
 DECODE_IN_THREAD_BYTES = 256 * 1024
 RUN_IN_LOOP_MS = 0.2  # a run as short as this costs less than the two changes of threads that it would take elsewhere
+GZIP = zlib.MAX_WBITS + 16  # as the module gzip, which an agent at rest need not hold in memory
 COMPRESS_FROM_BYTES = 4096
 FEEDBACK_RETRY_AFTER_S = 30.0
 
@@ -290,7 +291,7 @@ def _json_size(headers: Mapping[bytes, bytes]) -> int | None:
 def _compressed(headers: Headers, body: bytes, request_headers: Mapping[bytes, bytes]) -> tuple[Headers, bytes]:
     if len(body) < COMPRESS_FROM_BYTES or b"gzip" not in request_headers.get(b"accept-encoding", b""):
         return headers, body
-    return [*headers, (b"content-encoding", b"gzip")], gzip.compress(body, compresslevel=1)
+    return [*headers, (b"content-encoding", b"gzip")], zlib.compress(body, level=1, wbits=GZIP)
 
 
 def _tensor(tensor: Tensor) -> dict[str, Any]:
