@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from selector.errors import InvalidInput
 from selector.interactions import Action, Configuration, Variant
 from selector.kept import Kept
+from selector.queueing import Queues
 from selector.validation import check_configuration, name, number
 
 Floats = NDArray[np.float64]
@@ -36,6 +37,7 @@ class ActionTable:
     max_batch: Floats
     max_concurrency: Floats
     threads: Floats
+    queues: Queues
 
 
 def _read(actions: tuple[Action, ...]) -> ActionTable:
@@ -60,6 +62,8 @@ def _read(actions: tuple[Action, ...]) -> ActionTable:
     of_pair = [(variant_index[action.variant.digest], action.configuration.threads) for action in actions]
     pair_index = {pair: index for index, pair in enumerate(dict.fromkeys(of_pair))}
     bounds = [action.configuration for action in actions]
+    max_batch = np.array([each.max_batch for each in bounds], dtype=np.float64)
+    max_concurrency = np.array([each.max_concurrency for each in bounds], dtype=np.float64)
     return ActionTable(
         actions=actions,
         keys=keys,
@@ -74,9 +78,10 @@ def _read(actions: tuple[Action, ...]) -> ActionTable:
         configuration_keys=tuple(each.key for each in configurations),
         accuracy=np.array([action.variant.accuracy for action in actions], dtype=np.float64),
         size_bytes=np.array([action.variant.size_bytes for action in actions], dtype=np.float64),
-        max_batch=np.array([each.max_batch for each in bounds], dtype=np.float64),
-        max_concurrency=np.array([each.max_concurrency for each in bounds], dtype=np.float64),
+        max_batch=max_batch,
+        max_concurrency=max_concurrency,
         threads=np.array([each.threads for each in bounds], dtype=np.float64),
+        queues=Queues(max_batch, max_concurrency),
     )
 
 

@@ -43,11 +43,11 @@ Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
 # Noise of one lease's log ratio: what no effect explains, and what shrinks with the number of requests.
-LEASE_SD = {SERVICE: 0.08, TAIL: 0.20, CPU: 0.08}
+LEASE_SD = {SERVICE: 0.12, TAIL: 0.20, CPU: 0.08}
 REQUEST_SD = {SERVICE: 0.30, TAIL: 1.50, CPU: 0.30}
 PERCENTILE_SD = 0.20
 OUTLIER_Z = 2.5
-SURPRISE_Z = 1.3
+SURPRISE_Z = 1.4
 TAIL_UTILISATION_LIMIT = 0.95
 LARGEST_LOG_RATIO = 5.0
 # No effect becomes larger, in mean or variance: all of an action together still have an exponential.

@@ -15,7 +15,7 @@ from selector.calibration import Calibration, scopes_of
 from selector.effects import effect_table
 from selector.interactions import Context, Profile
 from selector.profiles import ProfileBook, ServiceTime, profile_book
-from selector.queueing import SMALLEST_SPREAD, Z_95, normal_cdf, sojourn_columns
+from selector.queueing import SMALLEST_SPREAD, Z_95, normal_cdf
 
 __all__ = ["Calibration", "LatencyModel", "Predicted", "ProfileBook", "ServiceTime", "scopes_of"]
 
@@ -82,14 +82,7 @@ class LatencyModel:
         unsure = known.variance[0]
         hope = OUTER_SD * np.sqrt(unsure)
         speeds = np.array((service, np.exp(known.mean[0] + hope)))
-        queue = sojourn_columns(
-            raw_a * speeds,
-            raw_b * speeds,
-            table.max_batch,
-            table.max_concurrency,
-            context.arrival_rate_rps,
-            held_back=held_back,
-        )
+        queue = table.queues.at(raw_a * speeds, raw_b * speeds, context.arrival_rate_rps, held_back)
         raw_cpu = (times.a_ms + times.b_ms / queue.batch[0]) * threads
         p95_ms: Floats = np.maximum(queue.p95_ms * tail, queue.p50_ms * 1.02)
         steepness = 1.0 / np.maximum(1.0 - queue.utilisation[0], 1.0 / LARGEST_SENSITIVITY)

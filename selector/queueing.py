@@ -1,31 +1,44 @@
-"""Waiting in front of a device that serves batches: textbook queueing formulas, vectorised. Knows no device,
-no variant.
+"""Waiting in front of a device that serves batches: how long requests stay, from queues that were played. Knows no
+device, no variant.
 
-Sources: mean wait of M/G/c by Sakasegawa (1977), ``rho^(sqrt(2(c+1))-1) / (c (1-rho))`` services times half
-the squared coefficients of variation (Allen-Cunneen); batch size under load as the fixed point of Inoue,
-"Queueing analysis of GPU-based inference servers with dynamic batching" (Performance Evaluation 2021): what
-arrives during one service is the next batch, ``n = lambda (a n + b) / c``. For batches of 1 and c = 1 the mean is
-exactly Pollaczek-Khinchine's, up to STEEP_FROM. Percentiles are made for service times that hardly vary: under
-exponential ones p95 comes out 6 to 24 % low (M/M/c, c 1 to 4, rho 0.3 to 0.9; 200,000 played requests each).
+Formulas exist for callers that serve one request each (Pollaczek and Khinchine; Allen and Cunneen) and for the mean of
+one caller that serves batches (Inoue, *Queueing analysis of GPU-based inference servers with dynamic batching*,
+Performance Evaluation 2021), none for percentiles behind several callers that serve batches; approximations
+put together from these were up to two and a half times too low. So `benchmarks/play_queues.py` played such queues
+request by request, and this module interpolates: over the fixed share of an execution, the largest batch, the callers
+and the load.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
 
-# Above this utilisation 1/(1-rho) goes on as its tangent: still steep, still smooth, never infinite.
+# Above this utilisation the stay grows on along its tangent: still steep, still smooth, never infinite.
 STEEP_FROM = 0.95
 LONGEST_MS = 1e7
 Z_95 = 1.6448536269514722
 SMALLEST_SPREAD = 0.05
-# Shares above p50 and p95.
-_TAILS = np.array([0.5, 0.05])
+
+PLAYED = Path(__file__).with_name("queues.npz")
+# What was played: fixed shares b / (a + b), largest batches, callers, and positions between no load and STEEP_FROM.
+# Shares are finer near 1, where large batches are almost free.
+FIXED_SHARES: Floats = np.asarray(1.0 - np.linspace(1.0, 0.0, 9) ** 2, dtype=np.float64)
+BATCHES: Floats = np.exp2(np.arange(8.0))
+CALLERS: Floats = np.array((1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0))
+POSITIONS: Floats = np.linspace(0.0, 1.0, 24)
+# Logarithms are kept as whole numbers of this part.
+SCALE = 1000
+# Positions are finer in load where waiting begins, and finer in utilisation where it explodes.
+_ONSET = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +47,61 @@ class QueueEstimate:
 
     p50_ms: Floats
     p95_ms: Floats
-    mean_ms: Floats
     utilisation: Floats
     batch: Floats
     service_ms: Floats
+
+
+class Queues:
+    """The played queues of some actions: largest batches and callers, shape (actions,), once for many decisions."""
+
+    def __init__(self, max_batch: Floats, callers: Floats) -> None:
+        self._max_batch, self._callers = max_batch, callers
+        logs = _played()
+        batch, batch_part = _between(np.interp(np.log(max_batch), np.log(BATCHES), range(len(BATCHES))), len(BATCHES))
+        caller, caller_part = _between(np.interp(np.log(callers), np.log(CALLERS), range(len(CALLERS))), len(CALLERS))
+        surface = np.zeros((len(max_batch), len(FIXED_SHARES), len(POSITIONS), 3))
+        for step, weight in ((0, 1.0 - batch_part), (1, batch_part)):
+            for other, share in ((0, 1.0 - caller_part), (1, caller_part)):
+                corner = logs[:, batch + step, caller + other]
+                surface += np.moveaxis(corner, 1, 0) * (weight * share)[:, None, None, None]
+        self._flat = surface.reshape(-1, 3).astype(np.float32)
+        self._idle = np.exp(logs[0, 0, 0, 0, :2])
+        self._first = np.arange(len(max_batch)) * len(FIXED_SHARES)
+
+    def at(
+        self, a_ms: Floats, b_ms: Floats, rate_rps: Floats | float, held_back: Floats | float = 1.0
+    ) -> QueueEstimate:
+        """Stays where a batch of n takes ``a n + b`` ms; arrays broadcast to (actions,) or (speeds, actions).
+
+        ``held_back`` says how many times longer than a service its server is taken: above 1 where a quota must recover.
+        """
+        largest, callers = self._max_batch, self._callers
+        one_ms = a_ms + b_ms
+        fixed = b_ms / one_ms
+        per_ms = rate_rps / 1000.0 * held_back / callers
+        rho = per_ms * (a_ms + b_ms / largest)
+        # As `load_at`, the other way round.
+        at_most = np.minimum(rho, STEEP_FROM)
+        position = np.log((1.0 + _ONSET * at_most / np.maximum(rho, 1e-300) * per_ms * one_ms) / (1.0 - at_most))
+        position *= (len(POSITIONS) - 1) / _farthest(fixed, largest)
+        row, row_part = _between((1.0 - np.sqrt(1.0 - fixed)) * (len(FIXED_SHARES) - 1), len(FIXED_SHARES))
+        place, part = _between(position, len(POSITIONS))
+        corner = (self._first + row) * len(POSITIONS) + place
+        part, row_part = part[..., None], row_part[..., None]
+        logs: list[Floats] = []
+        for nearest in (corner, corner + len(POSITIONS)):
+            below = self._flat.take(nearest, axis=0)
+            logs.append(below + (self._flat.take(nearest + 1, axis=0) - below) * part)
+        p50, p95, batch = np.moveaxis(np.exp(logs[0] + (logs[1] - logs[0]) * row_part), -1, 0)
+        beyond = np.maximum(rho - STEEP_FROM, 0.0) / (1.0 - STEEP_FROM)
+        # In overload every batch is full.
+        size = np.minimum(batch + np.maximum(largest - batch, 0.0) * np.minimum(beyond, 1.0), largest)
+        service_ms = a_ms * size + b_ms
+        stays = np.minimum(np.array((p50, p95)) * (one_ms * held_back * (1.0 + beyond)), LONGEST_MS)
+        # A server that is held back keeps others waiting, not those whom it has served.
+        stays -= np.multiply.outer(self._idle, (held_back - 1.0) * service_ms)
+        return QueueEstimate(stays[0], stays[1], rho, size, service_ms)
 
 
 def sojourn(
@@ -47,70 +111,51 @@ def sojourn(
     servers: ArrayLike,
     rate_rps: ArrayLike,
     *,
-    service_scv: float = 0.02,
     held_back: float = 1.0,
 ) -> QueueEstimate:
     """Sojourn times of Poisson requests at ``servers`` callers that each serve up to ``max_batch`` in ``a*n +
-    b`` ms.
-
-    All arguments broadcast. ``service_scv`` is the squared coefficient of variation of one service.
+    b`` ms. All arguments broadcast.
 
     >>> idle = sojourn(0.0, 10.0, 1, 1, 1e-9)
-    >>> round(float(idle.p50_ms), 3), round(float(idle.utilisation), 3)
+    >>> round(float(idle.p50_ms), 1), round(float(idle.utilisation), 3)
     (10.0, 0.0)
-    >>> half = sojourn(0.0, 10.0, 1, 1, 50.0, service_scv=0.0)  # M/D/1: waits rho s / (2 (1 - rho))
-    >>> round(float(half.mean_ms), 6)
-    15.0
     >>> bool(np.isfinite(sojourn(0.0, 10.0, 1, 1, 1e6).p95_ms))
     True
     """
     columns = np.broadcast_arrays(
         *(np.asarray(each, dtype=np.float64) for each in (a_ms, b_ms, max_batch, servers, rate_rps))
     )
-    flat = sojourn_columns(*(each.ravel() for each in columns), service_scv=service_scv, held_back=held_back)
+    a, b, largest, callers, rate = (each.ravel() for each in columns)
+    flat = Queues(largest, callers).at(a, b, rate, held_back)
     return QueueEstimate(**{each.name: getattr(flat, each.name).reshape(columns[0].shape) for each in fields(flat)})
 
 
-def sojourn_columns(
-    a: Floats,
-    b: Floats,
-    largest: Floats,
-    c: Floats,
-    rate: Floats | float,
-    *,
-    service_scv: float = 0.02,
-    held_back: Floats | float = 1.0,
-) -> QueueEstimate:
-    """The same for arrays that broadcast to (actions,) or (speeds, actions), and one rate. ``held_back`` says how many
-    times longer than a service its server is taken: above 1 where a quota must recover."""
-    per_ms = rate / 1000.0
-    size: Floats = np.minimum(np.maximum(per_ms * b / np.maximum(c - per_ms * a, 1e-9), 1.0), largest)
-    service = a * size + b
-    full = (a * largest + b) / (largest * c) * held_back
-    rho = per_ms * full
-    # How often an arrival finds all servers busy: by requests alone at light load, by batches once they form.
-    busy = np.minimum(per_ms * service * held_back / (size * c), 1.0) ** (np.sqrt(2.0 * (c + 1.0)) - 1.0)
-    residual = service / c
-    behind = (1.0 + service_scv) / 2.0 * np.minimum(rho, 1.0) * _slowdown(rho) * full
-    # No wait with probability 1 - busy, else the rest of a service and an exponential queue.
-    waiting = np.maximum(1.0 - np.divide.outer(_TAILS, np.maximum(busy, 1e-12)), 0.0)
-    waits = waiting * residual - np.log1p(-np.minimum(waiting, 0.999)) * behind
-    spread = Z_95 * math.sqrt(service_scv) * service
-    return QueueEstimate(
-        p50_ms=np.minimum(service + waits[0], LONGEST_MS),
-        p95_ms=np.minimum(service + np.hypot(waits[1], spread), LONGEST_MS),
-        mean_ms=np.minimum(service + busy * ((1.0 + service_scv) * residual / 2.0 + behind), LONGEST_MS),
-        utilisation=rho,
-        batch=size,
-        service_ms=service,
-    )
+def load_at(fixed: Floats, max_batch: Floats, position: Floats) -> Floats:
+    """Requests per caller and time of one request alone, at a position between no load (0) and STEEP_FROM (1)."""
+    gain = 1.0 / (1.0 - fixed + fixed / max_batch)
+    grown = np.exp(position * _farthest(fixed, max_batch))
+    return np.asarray(gain * (grown - 1.0) / (_ONSET * gain + grown))
 
 
-def _slowdown(rho: Floats) -> Floats:
-    """1/(1-rho), continued by its tangent above STEEP_FROM."""
-    steep = 1.0 / (1.0 - STEEP_FROM)
-    slowdown: Floats = 1.0 / (1.0 - np.minimum(rho, STEEP_FROM)) + steep**2 * np.maximum(rho - STEEP_FROM, 0.0)
-    return slowdown
+def _farthest(fixed: Floats, max_batch: Floats) -> Floats:
+    gain = 1.0 / (1.0 - fixed + fixed / max_batch)
+    return np.asarray(np.log((1.0 + _ONSET * STEEP_FROM * gain) / (1.0 - STEEP_FROM)))
+
+
+def _between(place: Floats, count: int) -> tuple[Indices, Floats]:
+    """The grid point below, but the last, and how far beyond it in [0, 1]."""
+    below = np.minimum(place.astype(np.intp), count - 2)
+    return below, np.minimum(place - below, 1.0)
+
+
+@lru_cache(maxsize=1)
+def _played() -> Floats:
+    """Logarithms of p50 and p95 in median times of one request alone and of the mean batch, shape (fixed shares,
+    batches, callers, positions, 3)."""
+    with np.load(PLAYED) as stored:
+        logs = np.asarray(stored["logs"] / SCALE, dtype=np.float64)
+    logs[..., :2] -= logs[0, 0, 0, 0, 0]
+    return logs
 
 
 def normal_cdf(z: ArrayLike) -> Floats:

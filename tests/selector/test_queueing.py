@@ -1,4 +1,4 @@
-"""Queueing formulas against exact results and against a simulated queue."""
+"""Interpolated queues against exact results and against queues that are simulated here."""
 
 from __future__ import annotations
 
@@ -10,44 +10,80 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from selector.queueing import share_within, sojourn
+from benchmarks.play_queues import SERVICE_SCV, Sample, long_wait, played
+from selector.queueing import BATCHES, CALLERS, FIXED_SHARES, POSITIONS, load_at, share_within, sojourn
 
 Times = NDArray[np.float64]
 
 
 def simulated_ms(service: tuple[float, float], max_batch: int, servers: int, rate_rps: float, count: int) -> Times:
-    """Sojourn times of Poisson requests at greedy batch servers."""
+    """Sojourn times of Poisson requests at greedy batch servers whose service varies by SERVICE_SCV."""
     rng, (a_ms, b_ms) = np.random.default_rng(7), service
+    varied = rng.gamma(1.0 / SERVICE_SCV, SERVICE_SCV, count)
     arrivals = np.cumsum(rng.exponential(1000.0 / rate_rps, count))
     free = [0.0] * servers
     done, at = [], 0
     while at < count:
         start = max(heapq.heappop(free), arrivals[at])
         size = min(max_batch, int(np.searchsorted(arrivals, start, side="right")) - at)
-        end = start + a_ms * size + b_ms
+        end = start + (a_ms * size + b_ms) * varied[at]
         done.extend(end - arrivals[at : at + size])
         heapq.heappush(free, end)
         at += size
     return np.array(done)
 
 
-@pytest.mark.parametrize("rho", [0.1, 0.5, 0.8, 0.9])
-def test_one_server_without_batches_waits_as_pollaczek_and_khinchine_say(rho: float) -> None:
-    queue = sojourn(0.0, 10.0, 1, 1, rho * 100.0, service_scv=0.0)
-    assert float(queue.mean_ms) == pytest.approx(10.0 + rho * 10.0 / (2 * (1 - rho)))
+@pytest.mark.parametrize("rho", [0.1, 0.3])
+def test_one_server_is_as_often_idle_as_theory_says(rho: float) -> None:
+    """A request that finds nobody waits for nobody, and Poisson arrivals see time averages."""
+    assert float(sojourn(0.0, 10.0, 1, 1, rho * 100.0).p50_ms) == pytest.approx(10.0, rel=0.08)
+
+
+@pytest.mark.parametrize("rho", [0.7, 0.8, 0.9])
+def test_a_busy_server_has_the_tail_that_theory_gives(rho: float) -> None:
+    assert float(sojourn(0.0, 10.0, 1, 1, rho * 100.0).p95_ms) == pytest.approx(10.0 * (1.0 + long_wait(rho)), rel=0.06)
 
 
 @pytest.mark.parametrize(
     ("a_ms", "b_ms", "max_batch", "servers", "rate_rps"),
-    [(0, 10, 1, 1, 50), (0, 10, 1, 1, 85), (2, 8, 8, 1, 60), (2, 8, 8, 1, 200), (2, 8, 4, 2, 300), (5, 5, 1, 4, 250)],
+    [
+        (0, 10, 1, 1, 50),
+        (0, 10, 1, 1, 85),
+        (2, 8, 8, 1, 60),
+        (2, 8, 8, 1, 200),
+        (2, 8, 4, 2, 300),
+        (5, 5, 1, 4, 250),
+        (9, 1, 8, 2, 80),
+        (9, 1, 32, 1, 75),
+        (6, 4, 12, 3, 350),
+        (0.5, 9.5, 32, 2, 900),
+    ],
 )
-def test_percentiles_agree_with_a_simulated_queue_within_a_quarter(
+def test_percentiles_agree_with_a_simulated_queue(
     a_ms: float, b_ms: float, max_batch: int, servers: int, rate_rps: float
 ) -> None:
-    times = simulated_ms((a_ms, b_ms), max_batch, servers, rate_rps, 15_000)
+    times = simulated_ms((a_ms, b_ms), max_batch, servers, rate_rps, 30_000)
     queue = sojourn(a_ms, b_ms, max_batch, servers, rate_rps)
-    assert float(queue.p50_ms) == pytest.approx(np.quantile(times, 0.5), rel=0.25)
-    assert float(queue.p95_ms) == pytest.approx(np.quantile(times, 0.95), rel=0.25)
+    assert float(queue.p50_ms) == pytest.approx(np.quantile(times, 0.5), rel=0.12)
+    assert float(queue.p95_ms) == pytest.approx(np.quantile(times, 0.95), rel=0.15)
+
+
+def test_the_table_is_what_its_command_plays() -> None:
+    """A few of its queues, played again at a quarter of the length."""
+    fixed, batch, position = np.array([FIXED_SHARES[4], FIXED_SHARES[1]]), BATCHES[[3, 0]], POSITIONS[[12, 6]]
+    load = CALLERS[1] * load_at(fixed, batch, position)
+    again = played(fixed, batch, int(CALLERS[1]), load, Sample.of(0, 15_000))
+    stay = sojourn(1.0 - fixed, fixed, batch, CALLERS[1], load * 1000.0)
+    found = np.stack([stay.p50_ms, stay.p95_ms, stay.batch], axis=1)
+    assert found == pytest.approx(again, rel=0.1)
+
+
+def test_what_holds_the_server_back_makes_others_wait_not_those_it_served() -> None:
+    idle, held = sojourn(0.0, 10.0, 1, 1, 1e-6), sojourn(0.0, 10.0, 1, 1, 1e-6, held_back=3.0)
+    assert float(held.p50_ms) == pytest.approx(float(idle.p50_ms), rel=0.05)
+    busy, stalled = sojourn(0.0, 10.0, 1, 1, 20.0), sojourn(0.0, 10.0, 1, 1, 20.0, held_back=3.0)
+    assert float(stalled.utilisation) == pytest.approx(3 * float(busy.utilisation))
+    assert float(stalled.p95_ms) > 2 * float(busy.p95_ms)
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,7 +92,7 @@ def test_any_load_gives_finite_ordered_percentiles(
     a_ms: float, b_ms: float, max_batch: int, servers: int, rate_rps: float
 ) -> None:
     queue = sojourn(a_ms, b_ms, max_batch, servers, rate_rps)
-    numbers = [queue.p50_ms, queue.p95_ms, queue.mean_ms, queue.utilisation, queue.batch, queue.service_ms]
+    numbers = [queue.p50_ms, queue.p95_ms, queue.utilisation, queue.batch, queue.service_ms]
     assert all(np.isfinite(number) for number in numbers)
     assert 0 < queue.p50_ms <= queue.p95_ms
     assert 1 <= queue.batch <= max_batch
@@ -74,7 +110,7 @@ def test_latency_grows_smoothly_into_overload() -> None:
 def test_batches_fill_with_load_and_never_exceed_the_bound() -> None:
     sizes = sojourn(1.0, 9.0, 8, 1, [1.0, 200.0, 400.0, 5000.0]).batch
     assert sizes.tolist() == sorted(sizes.tolist())
-    assert (sizes[0], sizes[-1]) == (1.0, 8.0)
+    assert (sizes[0], sizes[-1]) == (pytest.approx(1.0, abs=0.01), 8.0)
 
 
 def test_uncertainty_pulls_a_share_towards_one_half() -> None:

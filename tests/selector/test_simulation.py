@@ -78,18 +78,18 @@ def test_contenders_that_choose_alike_earn_alike_whatever_they_learn() -> None:
 
 
 def test_nobody_beats_the_oracle_and_the_first_download_is_charged() -> None:
-    world = small()
+    world = small(devices=8)
     trace = diary_of(PROMPT, world)[1]
-    assert trace.qoe.shape == (12, 4)
+    assert trace.qoe.shape == (12, 8)
     assert (trace.qoe <= trace.oracle + 1e-12).all()
-    for device in range(4):
+    for device in range(8):
         variant = world.actions[trace.chosen[0, device]].variant
         charge = switching_charge(world.formula(device), variant.size_bytes)
         expected = world.expected_qoe(0)[device, trace.chosen[0, device]]
         assert trace.qoe[0, device] == pytest.approx(expected - charge)
     stayed = np.all(trace.chosen == trace.chosen[0], axis=0)
     assert stayed.any()
-    qoe = np.array([world.expected_qoe(step)[range(4), trace.chosen[step]] for step in range(12)])
+    qoe = np.array([world.expected_qoe(step)[range(8), trace.chosen[step]] for step in range(12)])
     assert trace.qoe[1:, stayed] == pytest.approx(qoe[1:, stayed])
 
 
