@@ -3,10 +3,9 @@ device, no variant.
 
 Formulas exist for callers that serve one request each (Pollaczek and Khinchine; Allen and Cunneen) and for the mean of
 one caller that serves batches (Inoue, *Queueing analysis of GPU-based inference servers with dynamic batching*,
-Performance Evaluation 2021), none for percentiles behind several callers that serve batches; approximations
-put together from these were up to two and a half times too low. So `benchmarks/play_queues.py` played such queues
-request by request, and this module interpolates: over the fixed share of an execution, the largest batch, the callers
-and the load.
+Performance Evaluation 2021), none for percentiles behind several callers that serve batches. So
+`benchmarks/play_queues.py` played such queues request by request, and this module interpolates: over the fixed share of
+an execution, the largest batch, the callers and the load.
 """
 
 from __future__ import annotations
@@ -98,10 +97,11 @@ class Queues:
         # In overload every batch is full.
         size = np.minimum(batch + np.maximum(largest - batch, 0.0) * np.minimum(beyond, 1.0), largest)
         service_ms = a_ms * size + b_ms
-        stays = np.minimum(np.array((p50, p95)) * (one_ms * held_back * (1.0 + beyond)), LONGEST_MS)
+        stays = np.array((p50, p95)) * (one_ms * held_back * (1.0 + beyond))
         # A server that is held back keeps others waiting, not those whom it has served.
         stays -= np.multiply.outer(self._idle, (held_back - 1.0) * service_ms)
-        return QueueEstimate(stays[0], stays[1], rho, size, service_ms)
+        p50_ms, p95_ms = np.minimum(stays, LONGEST_MS)
+        return QueueEstimate(p50_ms, p95_ms, rho, size, service_ms)
 
 
 def sojourn(

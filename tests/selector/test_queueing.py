@@ -87,11 +87,18 @@ def test_what_holds_the_server_back_makes_others_wait_not_those_it_served() -> N
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(0, 1e3), st.floats(1e-3, 1e3), st.integers(1, 64), st.integers(1, 16), st.floats(0, 1e6))
+@given(
+    st.floats(0, 1e3),
+    st.floats(1e-3, 1e3),
+    st.integers(1, 64),
+    st.integers(1, 16),
+    st.floats(0, 1e6),
+    st.floats(1, 20),
+)
 def test_any_load_gives_finite_ordered_percentiles(
-    a_ms: float, b_ms: float, max_batch: int, servers: int, rate_rps: float
+    a_ms: float, b_ms: float, max_batch: int, servers: int, rate_rps: float, held_back: float
 ) -> None:
-    queue = sojourn(a_ms, b_ms, max_batch, servers, rate_rps)
+    queue = sojourn(a_ms, b_ms, max_batch, servers, rate_rps, held_back=held_back)
     numbers = [queue.p50_ms, queue.p95_ms, queue.utilisation, queue.batch, queue.service_ms]
     assert all(np.isfinite(number) for number in numbers)
     assert 0 < queue.p50_ms <= queue.p95_ms
