@@ -78,11 +78,11 @@ class LatencyModel:
         one_ms, threads = times.a_ms + times.b_ms, np.minimum(table.threads, context.cores)
         crowd = _contention(context, table, one_ms, threads)
         stalled, held_back = _quota_stalls(context, one_ms, threads, crowd)
-        raw_a, raw_b = times.a_ms * stalled, np.maximum(times.b_ms * stalled, 1e-6)
+        raw_a, raw_b = times.a_ms * stalled, times.b_ms * stalled
         unsure = known.variance[0]
         hope = OUTER_SD * np.sqrt(unsure)
         speeds = np.array((service, np.exp(known.mean[0] + hope)))
-        queue = table.queues.at(raw_a * speeds, raw_b * speeds, context.arrival_rate_rps, held_back)
+        queue = times.waiting.at(stalled * speeds, context.arrival_rate_rps, held_back)
         raw_cpu = (times.a_ms + times.b_ms / queue.batch[0]) * threads
         p95_ms: Floats = np.maximum(queue.p95_ms * tail, queue.p50_ms * 1.02)
         steepness = 1.0 / np.maximum(1.0 - queue.utilisation[0], 1.0 / LARGEST_SENSITIVITY)

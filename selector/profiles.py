@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from selector.actions import ActionTable
 from selector.interactions import Profile, Variant
 from selector.kept import Kept
+from selector.queueing import Waiting
 from selector.validation import check_profiles
 
 Floats = NDArray[np.float64]
@@ -24,6 +25,8 @@ MS_PER_MB, FIXED_MS = 4.0, 1.0
 # which memory hides.
 INT8_STEP = frozenset({"vnni", "amx", "neon-dot", "i8mm"})
 INT8_WITHOUT_STEP = 2.0
+# No fixed part is shorter: all of a service may not take no time.
+LEAST_MS = 1e-6
 _MOST_KEPT = 16
 
 
@@ -38,10 +41,11 @@ class ServiceTime:
 
 @dataclass(frozen=True, slots=True)
 class ServiceColumns:
-    """Service times and memory of all actions, shape (actions,)."""
+    """Service times and memory of all actions, shape (actions,), and the queues that such times make."""
 
     a_ms: Floats
     b_ms: Floats
+    waiting: Waiting
     memory_bytes: Floats
     source: tuple[str, ...]
 
@@ -64,9 +68,12 @@ class ProfileBook:
             return found[1]
         times = self.service_times(table.variants, table.pairs, cores, isa)
         memory = np.array([self._memory_of(variant) for variant in table.variants], dtype=np.float64)
+        a_ms = np.array([time.a_ms for time in times], dtype=np.float64)[table.pair]
+        b_ms = np.maximum(np.array([time.b_ms for time in times], dtype=np.float64)[table.pair], LEAST_MS)
         made = ServiceColumns(
-            a_ms=np.array([time.a_ms for time in times], dtype=np.float64)[table.pair],
-            b_ms=np.array([time.b_ms for time in times], dtype=np.float64)[table.pair],
+            a_ms=a_ms,
+            b_ms=b_ms,
+            waiting=Waiting(table.queues, a_ms, b_ms),
             memory_bytes=memory[table.variant],
             source=tuple(times[index].source for index in table.pair.tolist()),
         )

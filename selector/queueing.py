@@ -38,6 +38,7 @@ POSITIONS: Floats = np.linspace(0.0, 1.0, 24)
 SCALE = 1000
 # Positions are finer in load where waiting begins, and finer in utilisation where it explodes.
 _ONSET = 4.0
+_LAST_PLACE = len(POSITIONS) - 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,10 @@ class QueueEstimate:
 
 
 class Queues:
-    """The played queues of some actions: largest batches and callers, shape (actions,), once for many decisions."""
+    """The played queues of some actions: largest batches and callers, shape (actions,), once for many devices."""
 
     def __init__(self, max_batch: Floats, callers: Floats) -> None:
-        self._max_batch, self._callers = max_batch, callers
+        self.max_batch, self.callers = max_batch, callers
         logs = _played()
         batch, batch_part = _between(np.interp(np.log(max_batch), np.log(BATCHES), range(len(BATCHES))), len(BATCHES))
         caller, caller_part = _between(np.interp(np.log(callers), np.log(CALLERS), range(len(CALLERS))), len(CALLERS))
@@ -64,42 +65,53 @@ class Queues:
             for other, share in ((0, 1.0 - caller_part), (1, caller_part)):
                 corner = logs[:, batch + step, caller + other]
                 surface += np.moveaxis(corner, 1, 0) * (weight * share)[:, None, None, None]
-        self._flat = surface.reshape(-1, 3).astype(np.float32)
-        self._idle = np.exp(logs[0, 0, 0, 0, :2])
-        self._first = np.arange(len(max_batch)) * len(FIXED_SHARES)
+        self._surface = surface.astype(np.float32)
 
-    def at(
-        self, a_ms: Floats, b_ms: Floats, rate_rps: Floats | float, held_back: Floats | float = 1.0
-    ) -> QueueEstimate:
-        """Stays where a batch of n takes ``a n + b`` ms; arrays broadcast to (actions,) or (speeds, actions).
+    def curves(self, fixed: Floats) -> NDArray[np.float32]:
+        """Logarithms of p50, p95 and batch over POSITIONS for these shares of fixed cost, shape (actions, positions,
+        3)."""
+        row, part = _between((1.0 - np.sqrt(1.0 - fixed)) * (len(FIXED_SHARES) - 1), len(FIXED_SHARES))
+        every, weight = np.arange(len(fixed)), part.astype(np.float32)[:, None, None]
+        curves: NDArray[np.float32] = self._surface[every, row] * (1 - weight) + self._surface[every, row + 1] * weight
+        return curves
+
+
+class Waiting:
+    """The queues of one device: a batch of n takes ``a n + b`` ms, both of shape (actions,), once for many loads."""
+
+    def __init__(self, queues: Queues, a_ms: Floats, b_ms: Floats) -> None:
+        largest = queues.max_batch
+        fixed = b_ms / (a_ms + b_ms)
+        self._a_ms, self._b_ms, self._one_ms = a_ms, b_ms, a_ms + b_ms
+        self._largest, self._room = largest, largest - 1.0
+        self._per_ms = 1e-3 / queues.callers
+        self._full_ms = a_ms + b_ms / largest
+        self._onset = _ONSET * self._one_ms / self._full_ms
+        self._scale = (len(POSITIONS) - 1) / _farthest(fixed, largest)
+        self._flat = queues.curves(fixed).reshape(-1, 3)
+        self._first = np.arange(len(fixed)) * len(POSITIONS)
+
+    def at(self, stretch: Floats | float, rate_rps: Floats | float, held_back: Floats | float = 1.0) -> QueueEstimate:
+        """Stays where everything takes ``stretch`` times as long; it broadcasts to (actions,) or (speeds, actions).
 
         ``held_back`` says how many times longer than a service its server is taken: above 1 where a quota must recover.
         """
-        largest, callers = self._max_batch, self._callers
-        one_ms = a_ms + b_ms
-        fixed = b_ms / one_ms
-        per_ms = rate_rps / 1000.0 * held_back / callers
-        rho = per_ms * (a_ms + b_ms / largest)
+        rho: Floats = self._full_ms * stretch * (self._per_ms * rate_rps * held_back)
         # As `load_at`, the other way round.
         at_most = np.minimum(rho, STEEP_FROM)
-        position = np.log((1.0 + _ONSET * at_most / np.maximum(rho, 1e-300) * per_ms * one_ms) / (1.0 - at_most))
-        position *= (len(POSITIONS) - 1) / _farthest(fixed, largest)
-        row, row_part = _between((1.0 - np.sqrt(1.0 - fixed)) * (len(FIXED_SHARES) - 1), len(FIXED_SHARES))
-        place, part = _between(position, len(POSITIONS))
-        corner = (self._first + row) * len(POSITIONS) + place
-        part, row_part = part[..., None], row_part[..., None]
-        logs: list[Floats] = []
-        for nearest in (corner, corner + len(POSITIONS)):
-            below = self._flat.take(nearest, axis=0)
-            logs.append(below + (self._flat.take(nearest + 1, axis=0) - below) * part)
-        p50, p95, batch = np.moveaxis(np.exp(logs[0] + (logs[1] - logs[0]) * row_part), -1, 0)
+        position = np.log((1.0 + self._onset * at_most) / (1.0 - at_most)) * self._scale
+        place = np.minimum(position, _LAST_PLACE).astype(np.intp)
+        part = (position - place)[..., None]
+        corner = self._first + place
+        below = self._flat.take(corner, axis=0)
+        p50, p95, batch = np.moveaxis(np.exp(below + (self._flat.take(corner + 1, axis=0) - below) * part), -1, 0)
         beyond = np.maximum(rho - STEEP_FROM, 0.0) / (1.0 - STEEP_FROM)
         # In overload every batch is full.
-        size = np.minimum(batch + np.maximum(largest - batch, 0.0) * np.minimum(beyond, 1.0), largest)
-        service_ms = a_ms * size + b_ms
-        stays = np.array((p50, p95)) * (one_ms * held_back * (1.0 + beyond))
+        size = np.minimum(batch + self._room * beyond, self._largest)
+        service_ms = (self._a_ms * size + self._b_ms) * stretch
+        stays = np.array((p50, p95)) * (self._one_ms * stretch * held_back * (1.0 + beyond))
         # A server that is held back keeps others waiting, not those whom it has served.
-        stays -= np.multiply.outer(self._idle, (held_back - 1.0) * service_ms)
+        stays -= np.multiply.outer(_idle(), (held_back - 1.0) * service_ms)
         p50_ms, p95_ms = np.minimum(stays, LONGEST_MS)
         return QueueEstimate(p50_ms, p95_ms, rho, size, service_ms)
 
@@ -126,7 +138,7 @@ def sojourn(
         *(np.asarray(each, dtype=np.float64) for each in (a_ms, b_ms, max_batch, servers, rate_rps))
     )
     a, b, largest, callers, rate = (each.ravel() for each in columns)
-    flat = Queues(largest, callers).at(a, b, rate, held_back)
+    flat = Waiting(Queues(largest, callers), a, b).at(1.0, rate, held_back)
     return QueueEstimate(**{each.name: getattr(flat, each.name).reshape(columns[0].shape) for each in fields(flat)})
 
 
@@ -156,6 +168,12 @@ def _played() -> Floats:
         logs = np.asarray(stored["logs"] / SCALE, dtype=np.float64)
     logs[..., :2] -= logs[0, 0, 0, 0, 0]
     return logs
+
+
+@lru_cache(maxsize=1)
+def _idle() -> Floats:
+    """Median and 95th percentile of the stay where nobody waits, in median times of one request alone."""
+    return np.asarray(np.exp(_played()[0, 0, 0, 0, :2]))
 
 
 def normal_cdf(z: ArrayLike) -> Floats:
