@@ -88,15 +88,15 @@ def test_what_holds_the_server_back_makes_others_wait_not_those_it_served() -> N
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.floats(0, 1e3),
-    st.floats(1e-3, 1e3),
-    st.integers(1, 64),
-    st.integers(1, 16),
-    st.floats(0, 1e6),
-    st.floats(1, 20),
+    a_ms=st.floats(0, 1e3),
+    b_ms=st.floats(1e-3, 1e3),
+    max_batch=st.integers(1, 64),
+    servers=st.integers(1, 16),
+    rate_rps=st.floats(0, 1e6),
+    held_back=st.floats(1, 20),
 )
 def test_any_load_gives_finite_ordered_percentiles(
-    a_ms: float, b_ms: float, max_batch: int, servers: int, rate_rps: float, held_back: float
+    *, a_ms: float, b_ms: float, max_batch: int, servers: int, rate_rps: float, held_back: float
 ) -> None:
     queue = sojourn(a_ms, b_ms, max_batch, servers, rate_rps, held_back=held_back)
     numbers = [queue.p50_ms, queue.p95_ms, queue.utilisation, queue.batch, queue.service_ms]
