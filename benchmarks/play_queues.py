@@ -23,7 +23,7 @@ from selector.queueing import BATCHES, CALLERS, FIXED_SHARES, PLAYED, POSITIONS,
 
 Floats = NDArray[np.float64]
 
-REQUESTS, LEFT_OUT = 60_000, 6_000
+REQUESTS, LEFT_OUT_SHARE = 60_000, 0.1
 # Squared coefficient of variation of one execution.
 SERVICE_SCV = 0.02
 SEEDS = range(50)
@@ -44,7 +44,7 @@ def main() -> None:
         found = played(fixed, batch, int(callers), callers * load_at(fixed, batch, position), sample)
         logs[:, :, place] = np.log(found).reshape(len(FIXED_SHARES), len(BATCHES), len(POSITIONS), 3)
         print(f"{callers:g} callers: played {len(fixed)} queues of {arguments.requests} requests", flush=True)
-    # Quantiles of finite samples cross by chance; those of queues do not.
+    # Stays of finite samples fall with load by chance; those of queues do not.
     logs = np.maximum.accumulate(logs, axis=3)
     np.savez_compressed(arguments.output, logs=np.round(logs * SCALE).astype(np.int16))
 
@@ -71,7 +71,7 @@ def truest_seed(requests: int) -> int:
     for rho in CHECKED_AT:
         steps = np.cumsum(rho - gaps[:, 1:], axis=1)
         waits = steps - np.minimum(np.minimum.accumulate(steps, axis=1), 0.0)
-        waits = waits[:, LEFT_OUT:] / rho
+        waits = waits[:, round(LEFT_OUT_SHARE * requests) :] / rho
         error += np.log(waits.mean(axis=1) / (rho / (2.0 * (1.0 - rho)))) ** 2
         error += np.log(np.quantile(waits, 0.95, axis=1) / long_wait(rho)) ** 2
     return SEEDS[int(error.argmin())]
@@ -123,8 +123,9 @@ def _summary(ends: NDArray[np.float32], arrivals: Floats, load: float) -> tuple[
     size = np.diff(last, prepend=-1)
     first = last - size + 1
     stay = np.repeat(ends[last] + arrivals[first], size) - arrivals[: last[-1] + 1]
-    kept = stay[LEFT_OUT:] / load
-    settled = size[first >= LEFT_OUT]
+    left_out = round(LEFT_OUT_SHARE * len(arrivals))
+    kept = stay[left_out:] / load
+    settled = size[first >= left_out]
     p50, p95 = np.quantile(kept, (0.5, 0.95))
     return float(p50), float(p95), float(settled.mean())
 

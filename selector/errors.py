@@ -34,6 +34,12 @@ class CorruptPolicy(SelectorError):
     code = "corrupt_policy"
 
 
+class CorruptTable(SelectorError):
+    """A table that comes with the library is missing, truncated or of another shape."""
+
+    code = "corrupt_table"
+
+
 class PolicyFailure(SelectorError):
     """A policy returned no distribution over its candidates: fall back to the baseline."""
 

@@ -13,10 +13,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from selector.errors import CorruptTable
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -53,7 +57,11 @@ class QueueEstimate:
 
 
 class Queues:
-    """The played queues of some actions: largest batches and callers, shape (actions,), once for many devices."""
+    """The played queues of some actions: largest batches and callers, shape (actions,), once for many devices.
+
+    Both are at least 1. What is more than was played waits as the most that was, at the same utilisation. Raises
+    CorruptTable if the played queues cannot be read.
+    """
 
     def __init__(self, max_batch: Floats, callers: Floats) -> None:
         self.max_batch, self.callers = max_batch, callers
@@ -77,7 +85,8 @@ class Queues:
 
 
 class Waiting:
-    """The queues of one device: a batch of n takes ``a n + b`` ms, both of shape (actions,), once for many loads."""
+    """The queues of one device: a batch of n takes ``a n + b`` ms, both of shape (actions,) and together above 0, once
+    for many loads."""
 
     def __init__(self, queues: Queues, a_ms: Floats, b_ms: Floats) -> None:
         largest = queues.max_batch
@@ -108,12 +117,12 @@ class Waiting:
         beyond = np.maximum(rho - STEEP_FROM, 0.0) / (1.0 - STEEP_FROM)
         # In overload every batch is full.
         size = np.minimum(batch + self._room * beyond, self._largest)
-        service_ms = (self._a_ms * size + self._b_ms) * stretch
-        stays = np.array((p50, p95)) * (self._one_ms * stretch * held_back * (1.0 + beyond))
+        stays = np.array((p50, p95)) * (self._one_ms * stretch * (1.0 + beyond))
         # A server that is held back keeps others waiting, not those whom it has served.
-        stays -= np.multiply.outer(_idle(), (held_back - 1.0) * service_ms)
+        served = np.multiply.outer(_idle(), (self._a_ms * batch + self._b_ms) * stretch)
+        stays += (held_back - 1.0) * np.maximum(stays - served, 0.0)
         p50_ms, p95_ms = np.minimum(stays, LONGEST_MS)
-        return QueueEstimate(p50_ms, p95_ms, rho, size, service_ms)
+        return QueueEstimate(p50_ms, p95_ms, rho, size, (self._a_ms * size + self._b_ms) * stretch)
 
 
 def sojourn(
@@ -126,7 +135,7 @@ def sojourn(
     held_back: float = 1.0,
 ) -> QueueEstimate:
     """Sojourn times of Poisson requests at ``servers`` callers that each serve up to ``max_batch`` in ``a*n +
-    b`` ms. All arguments broadcast.
+    b`` ms. All arguments broadcast; ``a + b`` is above 0, ``max_batch`` and ``servers`` at least 1, the rate finite.
 
     >>> idle = sojourn(0.0, 10.0, 1, 1, 1e-9)
     >>> round(float(idle.p50_ms), 1), round(float(idle.utilisation), 3)
@@ -164,8 +173,16 @@ def _between(place: Floats, count: int) -> tuple[Indices, Floats]:
 def _played() -> Floats:
     """Logarithms of p50 and p95 in median times of one request alone and of the mean batch, shape (fixed shares,
     batches, callers, positions, 3)."""
-    with np.load(PLAYED) as stored:
-        logs = np.asarray(stored["logs"] / SCALE, dtype=np.float64)
+    shape = len(FIXED_SHARES), len(BATCHES), len(CALLERS), len(POSITIONS), 3
+    try:
+        with np.load(BytesIO(PLAYED.read_bytes())) as stored:
+            logs = np.asarray(stored["logs"] / SCALE, dtype=np.float64)
+    except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
+        raise CorruptTable(f"{PLAYED} cannot be read; python -m benchmarks.play_queues makes it: {error}") from error
+    if logs.shape != shape:
+        raise CorruptTable(
+            f"{PLAYED} holds {logs.shape} numbers, not {shape}; python -m benchmarks.play_queues makes it"
+        )
     logs[..., :2] -= logs[0, 0, 0, 0, 0]
     return logs
 

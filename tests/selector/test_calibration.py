@@ -373,6 +373,17 @@ def test_a_short_period_stalls_sooner_and_for_less() -> None:
     assert throttled(some, 0.05, cpu_quota_period=0.02).p50_ms == pytest.approx([21.0], rel=0.01)
 
 
+@pytest.mark.parametrize("rate_rps", [19.0, 20.0, 21.0, 40.0])
+def test_predictions_stay_numbers_where_a_quota_overloads_large_batches(rate_rps: float) -> None:
+    features = {"cpu_quota": 0.2}
+    situation = context(cores=1, arrival_rate_rps=rate_rps, features=features)
+    some = tuple(action(batch=batch) for batch in (1, 8, 64))
+    found = LatencyModel((Profile(variant(0).digest, 1, 10.0, 0.0),)).predict(situation, action_table(some))
+    for column in (found.p50_ms, found.p95_ms, found.slo_hit_share, found.hopeful_hit_share):
+        assert np.isfinite(column).all()
+    assert (found.p50_ms > 0).all()
+
+
 def test_a_quota_bounds_what_a_device_sustains() -> None:
     some = (Profile(variant(0).digest, 1, 0.0, 10.0),)
     assert throttled(some, None, rate_rps=30.0).p95_ms[0] < 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from benchmarks.play_queues import SERVICE_SCV, Sample, long_wait, played
-from selector.queueing import BATCHES, CALLERS, FIXED_SHARES, POSITIONS, load_at, share_within, sojourn
+from selector import queueing
+from selector.errors import CorruptTable
+from selector.queueing import (
+    BATCHES,
+    CALLERS,
+    FIXED_SHARES,
+    LONGEST_MS,
+    POSITIONS,
+    load_at,
+    share_within,
+    sojourn,
+)
 
 Times = NDArray[np.float64]
 
@@ -34,8 +46,8 @@ def simulated_ms(service: tuple[float, float], max_batch: int, servers: int, rat
 
 
 @pytest.mark.parametrize("rho", [0.1, 0.3])
-def test_one_server_is_as_often_idle_as_theory_says(rho: float) -> None:
-    """A request that finds nobody waits for nobody, and Poisson arrivals see time averages."""
+def test_the_median_request_at_light_load_hardly_waits(rho: float) -> None:
+    """Poisson arrivals find one caller as often idle as it is."""
     assert float(sojourn(0.0, 10.0, 1, 1, rho * 100.0).p50_ms) == pytest.approx(10.0, rel=0.08)
 
 
@@ -86,23 +98,45 @@ def test_what_holds_the_server_back_makes_others_wait_not_those_it_served() -> N
     assert float(stalled.p95_ms) > 2 * float(busy.p95_ms)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
-    a_ms=st.floats(0, 1e3),
-    b_ms=st.floats(1e-3, 1e3),
-    max_batch=st.integers(1, 64),
-    servers=st.integers(1, 16),
-    rate_rps=st.floats(0, 1e6),
+    fixed=st.floats(0, 1),
+    one_ms=st.floats(1e-3, 1e3),
+    max_batch=st.integers(1, 300),
+    servers=st.integers(1, 32),
+    utilisation=st.one_of(st.floats(0, 2), st.floats(0.9, 1.1), st.floats(0, 1e6)),
     held_back=st.floats(1, 20),
 )
 def test_any_load_gives_finite_ordered_percentiles(
-    *, a_ms: float, b_ms: float, max_batch: int, servers: int, rate_rps: float, held_back: float
+    *, fixed: float, one_ms: float, max_batch: int, servers: int, utilisation: float, held_back: float
 ) -> None:
+    a_ms, b_ms = (1.0 - fixed) * one_ms, fixed * one_ms
+    rate_rps = 1000.0 * utilisation * servers / held_back / (a_ms + b_ms / max_batch)
     queue = sojourn(a_ms, b_ms, max_batch, servers, rate_rps, held_back=held_back)
     numbers = [queue.p50_ms, queue.p95_ms, queue.utilisation, queue.batch, queue.service_ms]
     assert all(np.isfinite(number) for number in numbers)
     assert 0 < queue.p50_ms <= queue.p95_ms
     assert 1 <= queue.batch <= max_batch
+    assert queue.p50_ms > 0.9 * one_ms or queue.p50_ms == LONGEST_MS
+
+
+@pytest.mark.parametrize("rate_rps", [19.0, 20.0, 21.0])
+def test_a_queue_that_a_quota_overloads_takes_longer_than_one_request(rate_rps: float) -> None:
+    """Batches become full all at once there; what is served is taken off what waits, never more."""
+    queue = sojourn(10.0, 0.0, 64, 1, rate_rps, held_back=5.0)
+    assert 300.0 < float(queue.p50_ms) < float(queue.p95_ms)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"version https://git-lfs.github.com/spec/v1", b"PK\x03\x04 cut"])
+def test_a_table_that_cannot_be_read_is_named(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = tmp_path / "queues.npz"
+    if content is not None:
+        damaged.write_bytes(content)
+    monkeypatch.setattr(queueing, "PLAYED", damaged)
+    with pytest.raises(CorruptTable, match=r"queues\.npz.*play_queues"):
+        queueing._played.__wrapped__()
 
 
 def test_latency_grows_smoothly_into_overload() -> None:
