@@ -77,7 +77,9 @@ def test_it_sees_what_is_served(client: Any) -> None:
     assert client.get_model_metadata("digits")["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
     assert client.get_model_config("digits")["max_batch_size"] == 4
     assert {entry["name"] for entry in client.get_model_repository_index()} == {"digits", "half", "text"}
-    assert client.get_inference_statistics("digits")["model_stats"][0]["inference_count"] > 0
+    before = client.get_inference_statistics("digits")["model_stats"][0]["inference_count"]
+    client.infer("digits", [tensor(X, "FP32")])
+    assert client.get_inference_statistics("digits")["model_stats"][0]["inference_count"] > before
 
 
 def test_it_is_told_why_something_is_refused(client: Any) -> None:

@@ -116,7 +116,7 @@ class Loop:
     def processes(self, word: str) -> list[psutil.Process]:
         """Processes that this demo started whose command line holds the word."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if word in " ".join(child.cmdline())]
+        return [child for child in children if word in command_of(child)]
 
     def app_counts(self) -> dict[str, int]:
         total = {"requests": 0, "failed": 0}
@@ -155,6 +155,14 @@ def operator_session(loop: Loop) -> httpx.Client:
     assert answer.status_code == 200
     assert "workstation" in answer.text
     return client
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; nothing of one that ends while it is listed."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie, too
+        return ""
 
 
 def is_alive(process: psutil.Process) -> bool:
