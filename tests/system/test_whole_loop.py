@@ -197,8 +197,11 @@ def test_devices_learn_which_model_serves_them_best(
         joined = loop.metric("qoe_decisions", "joined")
         loop.until("leases to close after kill -9", lambda: loop.metric("qoe_decisions", "joined") > joined + 1, 60)
 
-        swapped = [row for row in loop.rows("rollouts.attemptoutcome") if row["outcome"] == "committed"]
-        assert len({row["device"] for row in swapped}) == 3
+        def swapped() -> int:
+            outcomes = loop.rows("rollouts.attemptoutcome")
+            return len({row["device"] for row in outcomes if row["outcome"] == "committed"})
+
+        loop.until("every device to have swapped once", lambda: swapped() == 3, 60)
         learnt = [row for row in loop.rows("decisions.decision") if row["policy_number"] > 0 and row["active_at"]]
         assert learnt, "no choice of a learnt policy became active"
         assert all(abs(sum(row["candidates"]["probability"]) - 1) < 1e-6 for row in learnt)
