@@ -83,7 +83,7 @@ def long_wait(rho: float) -> float:
     The chance of a wait above t decays like ``exp(-s t)`` with ``rho (e^s - 1) = s``.
 
     >>> round(long_wait(0.8), 1)
-    5.9
+    6.6
     """
     # Beyond its lowest point, at -log rho, the difference rises through 0.
     decays = np.linspace(-np.log(rho), 20.0, 100_000)
