@@ -263,8 +263,8 @@ def test_the_patience_of_a_caller_is_a_deadline_also_without_the_controller(exec
     gate = Gate(now)
     first = executor.submit(ROW)
     wait_until(lambda: not executor.pending)
-    hasty, patient = executor.submit(ROW, within_ms=1), executor.submit(ROW)
-    time.sleep(0.01)
+    hasty, patient = executor.submit(ROW, within_ms=200), executor.submit(ROW)
+    time.sleep(0.25)
     gate.open()
     with pytest.raises(Overloaded):
         hasty.result(5)
