@@ -21,13 +21,14 @@ from benchmarks.peers import (
     FlatVowpalWabbitPolicy,
     NeuralResidualPolicy,
 )
-from selector.baselines import FixedPerClassPolicy, FixedPolicy, PredictionPolicy, RandomPolicy, ValuePolicy
+from selector.baselines import FixedPerClassPolicy, FixedPolicy, PredictionPolicy, RandomPolicy
 from selector.linear import LinTsPolicy, LinUcbPolicy
 from selector.preferences import PreferencePolicy
 from selector.ranking import Exploration
 from selector.reward import QoeFormula
 from selector.simulation import EVERYTHING, Contender, World, available
 from selector.tabular import ThompsonPolicy, Ucb1Policy
+from selector.tastes import TastePolicy
 from selector.vw import VowpalWabbitPolicy, VwSettings
 
 Floats = NDArray[np.float64]
@@ -68,7 +69,7 @@ def ablations(world: World) -> tuple[Contender, ...]:
     preferences, which have neither horizon nor aversion to risk nor budget."""
     formulas = declared_formulas(world)
     return (
-        replace(ours(), name=WITHOUT_VW, role="ablation", make_policy=lambda _: ValuePolicy()),
+        replace(ours(), name=WITHOUT_VW, role="ablation", make_policy=lambda _: TastePolicy()),
         Contender(
             CALIBRATED,
             lambda _: PredictionPolicy(),

@@ -175,19 +175,19 @@ def frontier(world: SimulatedWorld, ours: Contender) -> Contender:
 
 
 def state_megabytes(devices: int, known: int = 50, steps: int = 100) -> float:
-    """Memory that the state of so many devices takes: the calibration's rows after a run of ``known`` devices, loaded
-    and scaled up, and the policy's bytes."""
+    """Memory that the state of so many devices takes: the calibration's rows and the policy's tastes after a run of
+    ``known`` devices, loaded and scaled up, and the model's bytes."""
     world, calibration = make_world("quirks-tuning", 100, known, steps), Calibration()
     contender = next(each for each in contenders(world) if each.name == OURS)
     policy = contender.make_policy(0)
     play(world, replace(contender, make_policy=lambda _: policy), 0, calibration=calibration)
-    text = json.dumps(calibration.rows())
+    text, data = json.dumps(calibration.rows()), policy.to_bytes()
     tracemalloc.start()
-    loaded = Calibration.from_rows(json.loads(text))
+    loaded, same = Calibration.from_rows(json.loads(text)), type(policy).from_bytes(data)
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert loaded.rows().keys() == calibration.rows().keys()
-    return (size * devices / known + len(policy.to_bytes())) / 1e6
+    assert (loaded.rows().keys(), same.to_bytes()) == (calibration.rows().keys(), data)
+    return (size * devices / known + len(data)) / 1e6
 
 
 @lru_cache(maxsize=1)

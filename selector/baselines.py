@@ -20,7 +20,6 @@ __all__ = [
     "FixedPolicy",
     "PredictionPolicy",
     "RandomPolicy",
-    "ValuePolicy",
 ]
 
 Floats = NDArray[np.float64]
@@ -110,19 +109,6 @@ class PredictionPolicy(RandomPolicy):
         check_context(context)
         check_candidates(candidates)
         best = int(np.argmax([candidate.prediction.qoe for candidate in candidates]))
-        return mostly(best, len(candidates), self._epsilon)
-
-
-class ValuePolicy(PredictionPolicy):
-    """The best predicted QoE with its bonus: explores and shuns risk as a learnt policy does, and learns nothing."""
-
-    kind = "value"
-
-    def probabilities(self, context: Context, candidates: Sequence[Candidate]) -> Floats:
-        """Epsilon-greedy on predicted QoE + bonus; ties go to the first."""
-        check_context(context)
-        check_candidates(candidates)
-        best = int(np.argmax([each.prediction.qoe + each.prediction.bonus for each in candidates]))
         return mostly(best, len(candidates), self._epsilon)
 
 

@@ -61,7 +61,7 @@ class Exploration:
     slo_violation_limit: float = 0.5
     budget: float = 1.0
     horizon: float = 10.0
-    risk_aversion: float = 0.2
+    risk_aversion: float = 0.1
 
     def __post_init__(self) -> None:
         """Raise InvalidInput naming the field that makes no sense. Some uniform exploration must remain."""

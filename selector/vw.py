@@ -1,17 +1,16 @@
-"""Vowpal Wabbit as a policy, and the only file that imports it. Learns what no profile shows: preferences and
-quirks.
+"""Vowpal Wabbit as a policy, and the only file that imports it. Learns what neither profiles nor tastes show.
 
 Everything known to break Vowpal Wabbit silently is stopped here: bad and subnormal numbers, feature
 injection, truncated models, options that read or write files. It takes examples as text only (parsed examples
 leak), and is owned by one thread.
 
-Cost is minus the reward. The predicted QoE is a feature whose weight is taught to be -1 before any feedback,
-so a new policy follows the prediction; all other weights start at zero and learn the residual. How far the residual is
-trusted follows from how well it foretold the leases that came after (``Trust``): where the prediction says all there is
-to say, what the residual learns is noise. As SquareCB
-(Foster & Rakhlin, ICML 2020) asks for, the reward of the action taken is learnt by plain least squares on
-that action's line; exploration then weighs each candidate by its gap. ``power_t 0`` keeps the learning rate,
-so that drift is followed.
+Cost is minus the reward. The expected QoE, which is the prediction and what users like beyond it (``tastes.py``), is a
+feature whose weight is taught to be -1 before any feedback, so a new policy follows the prediction; all other weights
+start at zero and learn the residual. How far the residual is trusted follows from how well it foretold the leases that
+came after (``trust.py``): where what is expected says all there is to say, what the residual learns is noise. As
+SquareCB (Foster & Rakhlin, ICML 2020) asks for, the reward of the action taken is learnt by plain least squares on
+that action's line; exploration then weighs each candidate by its gap. ``power_t 0`` keeps the learning rate, so that
+drift is followed.
 """
 
 from __future__ import annotations
@@ -37,19 +36,17 @@ from numpy.typing import NDArray
 from selector.errors import CorruptPolicy, InvalidInput, PolicyFailure
 from selector.interactions import Action, Candidate, Configuration, Context, Interaction, Prediction, Variant
 from selector.policy import SUM_TOLERANCE
+from selector.tastes import Tastes
+from selector.trust import Trust
 from selector.validation import check_candidates, check_context, check_interaction, number, whole
 
 Floats = NDArray[np.float64]
 Probes = list[list[float]]
 
 MAGIC = b"edge-qoe vw 1\n"
-FEATURE_SCHEMA = 2
+FEATURE_SCHEMA = 3
 PROBE_TOLERANCE = 1e-5
 LARGEST_FEATURE = 10.0
-TRUST_KEPT = 0.999
-TRUST_PRIOR = 0.1
-# The prior fades; without any residual foretold the share would become 0/0 in the end.
-LEAST_SQUARE = 1e-300
 # Warm examples count a hundredfold each: the weight of the prediction ends at -1 whatever the learning rate.
 _WARM_STEPS, _WARM_SHARE = 300, 0.01
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]")
@@ -65,7 +62,7 @@ class VwSettings:
 
     learning_rate: float = 0.01
     gamma: float = 30000.0
-    epsilon: float = 0.01
+    epsilon: float = 0.002
     l2: float = 0.0
     bits: int = 18
     seed: int = 1
@@ -115,8 +112,7 @@ class VwSettings:
             "--quiet --cb_explore_adf --cb_type mtr --squarecb --gamma_exponent 0 --power_t 0 --invariant --noconstant "
             f"--gamma_scale {self.gamma!r} --epsilon {self.epsilon!r} --learning_rate {self.learning_rate!r} "
             f"--l2 {self.l2!r} --bit_precision {self.bits} --random_seed {self.seed} "
-            "--cb_min_cost -1 --cb_max_cost 0 "
-            + " ".join(f"--quadratic {pair}" for pair in ("da", "ka", "ua", "dw", "uw", "xw", "xa"))
+            "--cb_min_cost -1 --cb_max_cost 0 " + " ".join(f"--quadratic {pair}" for pair in ("dw", "uw", "xw", "xa"))
         )
 
 
@@ -133,34 +129,12 @@ _ALLOWED = {
 _INTEGERS: dict[str, Any] = {"bits": int, "seed": int}
 
 
-@dataclass(slots=True)
-class Trust:
-    """How much of the learnt residual is real: the slope of what came on what was foretold, over recent leases.
-
-    Each lease is foretold before it is learnt (progressive validation: Blum, Kalai & Langford, COLT 1999). ``product``
-    and ``square`` are forgetting sums; only what tells actions apart counts, not the level of a device.
-    """
-
-    product: float = TRUST_PRIOR
-    square: float = TRUST_PRIOR
-
-    @property
-    def share(self) -> float:
-        """In [0, 1]: 0 ignores the residual."""
-        return min(max(self.product / self.square, 0.0), 1.0)
-
-    def learn(self, foretold: float, came: float) -> None:
-        """One lease: the residual that was foretold for its action, and the one that came, both in QoE."""
-        self.product = TRUST_KEPT * self.product + foretold * came
-        self.square = max(TRUST_KEPT * self.square + foretold**2, LEAST_SQUARE)
-
-
 class VowpalWabbitPolicy:
     """SquareCB over a shortlist. Not thread-safe, not picklable: one owner, everyone else loads its bytes."""
 
     def __init__(self, settings: VwSettings | None = None) -> None:
         self._settings = settings or VwSettings()
-        self._trust = Trust()
+        self._tastes, self._trust = Tastes(), Trust()
         self._workspace: Any = vowpalwabbit.Workspace(self._settings.arguments)
         for step in range(_WARM_STEPS):
             qoe = ((step * 61) % 101) / 100.0
@@ -184,20 +158,25 @@ class VowpalWabbitPolicy:
         """
         check_context(context)
         check_candidates(candidates)
-        share = self._trust.share
+        share, liking = self._trust.share, self._tastes.liking(context, candidates)
         lines = [_shared_line(context)]
-        lines += [_action_line(context, each, each.prediction.bonus, share) for each in candidates]
+        for each, liked in zip(candidates, (liking.mean + liking.hope).tolist(), strict=True):
+            expected = each.prediction.qoe + each.prediction.bonus + liked
+            lines.append(_action_line(context, each, expected, share))
         answered, _ = _asked(self._workspace, "\n".join(lines))
         return _distribution(answered, len(candidates))
 
     def learn(self, interaction: Interaction) -> None:
-        """One least-squares step on the action that was taken. Raises InvalidInput, unchanged."""
+        """One least-squares step on the action that was taken, then one of the tastes. Raises InvalidInput,
+        unchanged."""
         check_interaction(interaction)
         context, chosen = interaction.context, interaction.candidates[interaction.chosen]
-        shared, line = _shared_line(context), _action_line(context, chosen)
+        liked = float(self._tastes.liking(context, (chosen,)).mean[0])
+        expected = min(max(chosen.prediction.qoe + liked, 0.0), 1.0)
+        shared, line = _shared_line(context), _action_line(context, chosen, expected)
         _, (cost, level) = _asked(self._workspace, f"{shared}\n{line}\n|p none")
-        predicted = min(max(chosen.prediction.qoe, 0.0), 1.0)
-        self._trust.learn(level - cost - predicted, interaction.reward + level - predicted)
+        self._trust.learn(level - cost - expected, interaction.reward + level - expected)
+        self._tastes.learn(context, chosen, interaction.reward - chosen.prediction.qoe)
         self._workspace.learn(f"{shared}\n0:{_fixed(-interaction.reward)}:1 {line}")
 
     def to_bytes(self) -> bytes:
@@ -207,6 +186,7 @@ class VowpalWabbitPolicy:
             "schema": FEATURE_SCHEMA,
             "settings": asdict(self._settings),
             "trust": asdict(self._trust),
+            "tastes": self._tastes.state(),
         }
         body = json.dumps(header, sort_keys=True).encode() + b"\n" + model
         return MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
@@ -223,9 +203,9 @@ class VowpalWabbitPolicy:
             raise CorruptPolicy(f"must be bytes, is {type(data).__name__}")
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:
             raise CorruptPolicy("bytes do not match the registered digest")
-        settings, trust, model = _opened(data)
+        settings, trust, tastes, model = _opened(data)
         policy = cls.__new__(cls)
-        policy._settings, policy._trust = settings, trust
+        policy._settings, policy._trust, policy._tastes = settings, trust, tastes
         policy._workspace = _loaded(model, settings.l2)
         if _options(policy._workspace) != _options_of(settings.arguments):
             raise CorruptPolicy("holds a model of other settings than its header says")
@@ -306,14 +286,14 @@ def _squashed(value: float) -> float:
     return squashed if value > 0 else -squashed
 
 
-def _action_line(context: Context, candidate: Candidate, bonus: float = 0.0, trust: float = 1.0) -> str:
-    """Namespaces: p the prediction, w its parts (weights start at zero), a what the action is; both scaled by
-    trust."""
+def _action_line(context: Context, candidate: Candidate, expected: float, trust: float = 1.0) -> str:
+    """Namespaces: p the QoE that is expected, w the prediction's parts (weights start at zero), a what the action is;
+    both scaled by trust."""
     prediction = candidate.prediction
     late = math.log(max(prediction.p95_ms, 1e-3) / context.slo_p95_ms)
     accuracy, names = _of_action(candidate.action)
     return (
-        f"|p qoe:{min(max(prediction.qoe + bonus, -1.0), 1.0):.6f}"
+        f"|p qoe:{min(max(expected, -1.0), 1.0):.6f}"
         f" |w:{trust:.4f} hit:{prediction.slo_hit_share - 1.0:.6f}"
         f" late:{min(max(late, -3.0), 3.0) / 3.0:.6f} risk:{prediction.slo_violation_probability:.6f}"
         f" cpu:{_squashed(prediction.cpu_ms_per_request / 100.0):.6f}{accuracy} |a:{trust:.4f} {names}"
@@ -411,7 +391,7 @@ def _without_prediction_counter(model: bytes, arguments: str) -> bytes:
     return model[:offset] + struct.pack("<d", 1.0) + model[offset + 8 :]
 
 
-def _opened(data: bytes) -> tuple[VwSettings, Trust, bytes]:
+def _opened(data: bytes) -> tuple[VwSettings, Trust, Tastes, bytes]:
     if not data.startswith(MAGIC):
         raise CorruptPolicy("is no Vowpal Wabbit policy")
     digest, _, body = data[len(MAGIC) :].partition(b"\n")
@@ -422,10 +402,9 @@ def _opened(data: bytes) -> tuple[VwSettings, Trust, bytes]:
         header = json.loads(line)
         if header["schema"] != FEATURE_SCHEMA:
             raise CorruptPolicy(f"has feature schema {header['schema']}, this code reads {FEATURE_SCHEMA}")
-        product = number("trust.product", header["trust"]["product"], -1e9, 1e9)
-        square = number("trust.square", header["trust"]["square"], LEAST_SQUARE, 1e9)
-        return _settings_from(header["settings"]), Trust(product, square), model
-    except (ValueError, KeyError, TypeError, InvalidInput) as error:
+        known = Trust.from_record(header["trust"]), Tastes.from_state(header["tastes"])
+        return _settings_from(header["settings"]), *known, model
+    except (ValueError, KeyError, TypeError, AttributeError, InvalidInput) as error:
         raise CorruptPolicy(f"header cannot be read: {error!r}") from error
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.peers import BoostedResidualPolicy, FlatVowpalWabbitPolicy, NeuralResidualPolicy
-from selector.baselines import FixedPerClassPolicy, FixedPolicy, PredictionPolicy, ValuePolicy
+from selector.baselines import FixedPerClassPolicy, FixedPolicy, PredictionPolicy
 from selector.errors import InvalidInput
 from selector.features import QOE_FROM_END, Features
 from selector.interactions import Candidate, Context, Interaction, Measurement
@@ -20,6 +20,7 @@ from selector.preferences import PreferencePolicy
 from selector.residuals import Residuals
 from selector.reward import QoeFormula
 from selector.tabular import ThompsonPolicy, Ucb1Policy
+from selector.tastes import TastePolicy
 from tests.selector.builders import action, candidate, candidates, context, interaction, prediction
 
 
@@ -152,9 +153,9 @@ def test_history_tells_devices_groups_and_the_baseline_apart(with_prediction: bo
     assert told.rows(here, some).shape == (2, told.width)
 
 
-def test_the_value_policy_takes_the_bonus_into_account() -> None:
+def test_the_taste_policy_takes_the_bonus_into_account() -> None:
     some = candidate(0, 0.7), candidate(1, prediction=prediction(0.65, bonus=0.1))
-    assert (best(ValuePolicy(), some), best(PredictionPolicy(), some)) == (1, 0)
+    assert (best(TastePolicy(), some), best(PredictionPolicy(), some)) == (1, 0)
 
 
 def test_flat_vowpal_wabbit_is_told_the_baseline_if_wanted() -> None:

@@ -25,7 +25,6 @@ from selector.baselines import (
     FixedPolicy,
     PredictionPolicy,
     RandomPolicy,
-    ValuePolicy,
 )
 from selector.errors import CorruptPolicy, InvalidInput
 from selector.interactions import Interaction, Measurement
@@ -34,6 +33,7 @@ from selector.policy import Policy
 from selector.preferences import PreferencePolicy
 from selector.reward import QoeFormula
 from selector.tabular import ThompsonPolicy, Ucb1Policy
+from selector.tastes import TastePolicy
 from selector.vw import VowpalWabbitPolicy
 from tests.selector.builders import action, candidate, candidates, context, interaction, prediction
 
@@ -43,7 +43,7 @@ MAKERS: dict[str, Callable[[], Policy]] = {
     "fixed": lambda: FixedPolicy(action(1).key),
     "fixed_per_class": lambda: FixedPerClassPolicy({"pi4": [action(1).key]}, [action(0).key]),
     "prediction": PredictionPolicy,
-    "value": ValuePolicy,
+    "tastes": TastePolicy,
     "baseline": BaselinePolicy,
     "ucb1": Ucb1Policy,
     "thompson": ThompsonPolicy,
@@ -71,7 +71,7 @@ LEARNERS = (
     "neural_residual", "boosted_residual", "flat_squarecb", "linucb_with_history", "lints_with_history",
     "boosted_residual_with_history", "flat_with_standing",
 )  # fmt: skip
-UPDATED = ("preferences", "hosted_default", *LEARNERS)
+UPDATED = ("preferences", "tastes", "hosted_default", *LEARNERS)
 STORED = {name: maker() for name, maker in MAKERS.items()}
 STORED_BYTES = {name: policy.to_bytes() for name, policy in STORED.items()}
 

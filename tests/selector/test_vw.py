@@ -25,7 +25,7 @@ NASTY = ["a|b", "x:1e9", "name with space", "line\nbreak", "é", "1", "|", ":", 
 
 
 def test_a_policy_that_never_learnt_follows_the_prediction_but_explores() -> None:
-    policy = VowpalWabbitPolicy(VwSettings(gamma=2000.0))
+    policy = VowpalWabbitPolicy(VwSettings(gamma=2000.0, epsilon=0.01))
     probabilities = policy.probabilities(context(), candidates(0.8, 0.79, 0.7, 0.2))
     assert probabilities.tolist() == sorted(probabilities.tolist(), reverse=True)
     assert probabilities[0] > 0.8
@@ -66,7 +66,8 @@ def test_different_names_stay_different(one: str, other: str) -> None:
 def test_a_hostile_device_name_changes_no_other_prediction() -> None:
     some = candidates(0.7, 0.69)
     hostile = context(device="x |p qoe:-1000", features={"a|p qoe": "b |p qoe:9", "c:9 |p qoe": 1.0})
-    calm = VowpalWabbitPolicy().probabilities(context(), some)
+    tame = context(device="x", features={"a": "b", "c": 1.0})
+    calm = VowpalWabbitPolicy().probabilities(tame, some)
     assert VowpalWabbitPolicy().probabilities(hostile, some).tolist() == calm.tolist()
 
 
@@ -88,7 +89,7 @@ def test_tiny_numbers_with_many_digits_do_not_poison_the_model(tiny: float, is_p
     policy = VowpalWabbitPolicy()
     some = (candidate(0, tiny if is_predicted else 0.5), candidate(1))
     policy.learn(interaction(context=context(features={"tiny": tiny}), candidates=some, reward=tiny))
-    probabilities = policy.probabilities(context(), candidates(0.7, 0.6))
+    probabilities = policy.probabilities(context(device="device-2"), candidates(0.8, 0.5))
     assert probabilities[0] > 0.9
 
 
