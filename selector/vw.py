@@ -350,8 +350,10 @@ def _loaded(model: bytes, l2: float = 0.0) -> Any:
 
 
 def _options(workspace: Any) -> list[str]:
-    """The options of a learner as Vowpal Wabbit understood them, without the file that it was read from."""
-    return [word for word in workspace.get_arguments().split(" --") if not word.startswith("initial_regressor ")]
+    """The options of a learner as Vowpal Wabbit understood them, without the file that it was read from; nor a seed of
+    0, which a model does not keep."""
+    words = workspace.get_arguments().split(" --")
+    return [word for word in words if not word.startswith("initial_regressor ") and word != "random_seed 0"]
 
 
 @lru_cache(maxsize=16)

@@ -179,6 +179,16 @@ def test_a_trust_that_no_learning_leads_to_is_refused(trust: Any) -> None:
         VowpalWabbitPolicy.from_bytes(with_right_digest(VowpalWabbitPolicy().to_bytes(), trust=trust))
 
 
+@pytest.mark.parametrize(
+    "made",
+    [VwSettings(seed=0), VwSettings(0.5, 10.0, 0.05, 0.0, 18, 0), VwSettings(1e-6, 1e9, 1.0, 0.1, 24, 2**31 - 1)],
+    ids=["seed 0", "as Vowpal Wabbit has them anyway", "at the bounds"],
+)
+def test_whatever_settings_are_allowed_can_be_stored(made: VwSettings) -> None:
+    policy = VowpalWabbitPolicy(made)
+    assert VowpalWabbitPolicy.from_bytes(policy.to_bytes(), probes=policy.probe_vectors()).settings == made
+
+
 @pytest.mark.parametrize("data", [None, "text", 7, b"", b"\n", []])
 def test_what_are_no_bytes_of_a_policy_are_refused(data: Any) -> None:
     with pytest.raises(CorruptPolicy):
