@@ -20,9 +20,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from selector.errors import InvalidInput
 from selector.interactions import Candidate, Context, Interaction
 from selector.stored import LEAST_SHARE, Stored, mostly
-from selector.trust import Trust
+from selector.trust import LEAST_SQUARE, Trust
 from selector.validation import check_candidates, check_context, check_interaction, number
 
 Floats = NDArray[np.float64]
@@ -30,10 +31,14 @@ Indices = NDArray[np.intp]
 Effects = dict[str, tuple[float, float]]
 
 LEVEL, *SLOPES = "level", "accuracy", "energy", "latency"
-# Standard deviations before anything is known, in QoE (of a slope: per unit of its term): of a device's effects, and of
-# those of everything that many devices share.
-OWN_SD = {LEVEL: 0.04, "slope": 0.08, "precision": 0.02, "variant": 0.03}
-SHARED_SD = {LEVEL: 0.02, "slope": 0.06, "precision": 0.02, "variant": 0.035}
+# Standard deviations before anything is known, in QoE (of a slope: per unit of its term), by kind of scope. That all
+# of an application's ratings lie below or above what is predicted is ordinary, and no taste.
+PRIOR_SD = {
+    "device": {LEVEL: 0.04, "slope": 0.08, "precision": 0.02, "variant": 0.03},
+    "class": {LEVEL: 0.02, "slope": 0.06, "precision": 0.02, "variant": 0.035},
+    "application": {LEVEL: 0.15, "slope": 0.06, "precision": 0.02, "variant": 0.035},
+    "word": {LEVEL: 0.02, "slope": 0.06, "precision": 0.02, "variant": 0.035},
+}
 # So many words of telemetry count in full; more have smaller effects each, or much telemetry would mean strong tastes.
 WORDS_IN_FULL = 3
 # How far an effect may wander from one of its leases to the next, as a share of its prior variance.
@@ -55,7 +60,8 @@ _NOTHING: Effects = {}
 @dataclass(frozen=True, slots=True)
 class Liking:
     """What users like or dislike about each candidate beyond its prediction, in QoE, shape (candidates,); ``hope`` is
-    what it may be worth to find out more."""
+    for what is not known of its variant and precision. What is not known of slopes gives none: it is the same whichever
+    candidate shows it."""
 
     mean: Floats
     hope: Floats
@@ -76,7 +82,7 @@ class Noise:
     def learn(self, surprise: float, known: float) -> None:
         """One lease: how much it surprised, and the variance that the effects had."""
         square = min(surprise**2, OUTLIER_Z**2 * (known + self.variance))
-        self.square = NOISE_KEPT * self.square + max(square - known, 0.1 * square)
+        self.square = max(NOISE_KEPT * self.square + max(square - known, 0.1 * square), LEAST_SQUARE)
         self.leases = NOISE_KEPT * self.leases + 1.0
 
 
@@ -93,28 +99,31 @@ class Tastes:
         variants = (each.action.variant for each in candidates)
         names, index = _columns(tuple(_names_of(each.precision, each.digest) for each in variants))
         scopes = _scopes(context)
-        rows = (map(self.effects.get(key, _NOTHING).get, names, _priors(names, crowd)) for key, crowd in scopes)
+        rows = (
+            map(self.effects.get(key, _NOTHING).get, names, _priors(names, kind, crowd)) for key, kind, crowd in scopes
+        )
         flat = chain.from_iterable(chain.from_iterable(rows))
         known = np.fromiter(flat, np.float64, 2 * len(scopes) * len(names))
         known = known.reshape(len(scopes), len(names), 2).sum(axis=0)
         terms = np.array([_terms(each) for each in candidates])
         share, slopes = self.trust.share, len(SLOPES)
         mean, variance = known[index].sum(axis=1).T
-        variance = variance + (terms * terms) @ known[:slopes, 1]
         return Liking(share * (mean + terms @ known[:slopes, 0]), share * OPTIMISM * np.sqrt(variance))
 
     def learn(self, context: Context, candidate: Candidate, residual: float) -> None:
-        """One closed lease of a valid context and candidate: reward less predicted QoE."""
+        """One closed lease of a valid context and candidate: reward less predicted QoE. One that failed counts too: who
+        lost a lease to a variant likes it less."""
+        residual = min(max(residual, -1.0), 1.0)
         variant = candidate.action.variant
         names = (LEVEL, *SLOPES, *_names_of(variant.precision, variant.digest))
         values = (1.0, *_terms(candidate), 1.0, 1.0)
         parts = []
-        for scope, crowd in _scopes(context):
+        for scope, kind, crowd in _scopes(context):
             row = self._row(scope)
             for each, value in zip(names, values, strict=True):
-                prior = _prior(each, crowd)[1]
+                prior = _prior(each, kind, crowd)[1]
                 mean, variance = row.get(each, (0.0, prior))
-                parts.append((row, each, value, mean, min(variance + WANDERED * prior, prior)))
+                parts.append((row, each, value, mean, max(min(variance + WANDERED * prior, prior), variance)))
         foretold = sum(value * mean for _, _, value, mean, _ in parts)
         level = sum(mean for _, each, _, mean, _ in parts if each == LEVEL)
         known = sum(value**2 * variance for _, _, value, _, variance in parts)
@@ -126,11 +135,11 @@ class Tastes:
         for row, each, value, mean, variance in parts:
             gain = believed * variance * value / total
             learnt = min(max(mean + gain * surprise, -LARGEST), LARGEST)
-            row[each] = learnt, variance * (1.0 - gain * value)
+            row[each] = _short(learnt), _short(variance * (1.0 - gain * value))
 
     def state(self) -> dict[str, Any]:
-        """JSON-able; exact."""
-        effects = {scope: {each: list(pair) for each, pair in row.items()} for scope, row in self.effects.items()}
+        """JSON-able; exact. Scopes in the order in which they will be forgotten."""
+        effects = [[scope, {each: list(pair) for each, pair in row.items()}] for scope, row in self.effects.items()]
         return {"effects": effects, "noise": asdict(self.noise), "trust": asdict(self.trust)}
 
     @classmethod
@@ -138,15 +147,16 @@ class Tastes:
         """Raises InvalidInput, ValueError, KeyError, TypeError or AttributeError for what ``state`` does not write."""
         noise = Noise(
             number("noise.leases", state["noise"]["leases"], 1e-9, 1e9),
-            number("noise.square", state["noise"]["square"], 1e-300, 1e9),
+            number("noise.square", state["noise"]["square"], LEAST_SQUARE, 1e9),
         )
         effects = {
-            scope: {
-                each: (number(each, mean, -LARGEST, LARGEST), number(each, variance, 0, LARGEST))
-                for each, (mean, variance) in row.items()
-            }
-            for scope, row in state["effects"].items()
+            str(scope): {str(each): (mean, variance) for each, (mean, variance) in row.items()}
+            for scope, row in state["effects"]
         }
+        pairs = [pair for row in effects.values() for pair in row.values()]
+        known = np.array(pairs, dtype=np.float64).reshape(len(pairs), 2)
+        if not ((np.abs(known) <= LARGEST).all() and (known[:, 1] >= 0).all()):  # NaN is at most nothing
+            raise InvalidInput("effects", f"must be means and variances within {LARGEST:g}")
         return cls(effects, noise, Trust.from_record(state["trust"]))
 
     def _row(self, scope: str) -> Effects:
@@ -192,29 +202,33 @@ class TastePolicy(Stored):
         self._tastes.learn(interaction.context, chosen, interaction.reward - chosen.prediction.qoe)
 
 
-def _scopes(context: Context) -> list[tuple[str, float]]:
-    """Keys of the scopes of a decision, and by how much the prior variances of each are divided; 0: the device's
-    own."""
-    words = [f"{key}={value}" for key, value in sorted(context.features.items()) if isinstance(value, str)]
+def _scopes(context: Context) -> list[tuple[str, str, float]]:
+    """Keys of the scopes of a decision, their kinds, and by how much their prior variances are divided."""
+    words = [f"word:{key!r}={value!r}" for key, value in sorted(context.features.items()) if isinstance(value, str)]
     crowd = max(len(words) / WORDS_IN_FULL, 1.0)
     return [
-        (f"device:{context.device}", 0.0),
-        (f"class:{context.device_class}", 1.0),
-        (f"application:{context.application}", 1.0),
-        *((word, crowd) for word in words),
+        (f"device:{context.device}", "device", 1.0),
+        (f"class:{context.device_class}", "class", 1.0),
+        (f"application:{context.application}", "application", 1.0),
+        *((word, "word", crowd) for word in words),
     ]
 
 
+def _short(value: float) -> float:
+    """As many digits as matter: states of many devices are stored often."""
+    return float(f"{value:.6g}")
+
+
 @lru_cache(maxsize=8192)
-def _prior(effect: str, crowd: float) -> tuple[float, float]:
+def _prior(effect: str, kind: str, crowd: float) -> tuple[float, float]:
     """Mean and variance of an effect of this name before anything is known."""
-    kind = "slope" if effect in SLOPES else effect.partition(":")[0]
-    return (0.0, SHARED_SD[kind] ** 2 / crowd) if crowd else (0.0, OWN_SD[kind] ** 2)
+    what = "slope" if effect in SLOPES else effect.partition(":")[0]
+    return 0.0, PRIOR_SD[kind][what] ** 2 / crowd
 
 
 @lru_cache(maxsize=1024)
-def _priors(effects: tuple[str, ...], crowd: float) -> tuple[tuple[float, float], ...]:
-    return tuple(_prior(each, crowd) for each in effects)
+def _priors(effects: tuple[str, ...], kind: str, crowd: float) -> tuple[tuple[float, float], ...]:
+    return tuple(_prior(each, kind, crowd) for each in effects)
 
 
 @lru_cache(maxsize=1024)

@@ -15,6 +15,7 @@ drift is followed.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ import re
 import shlex
 import struct
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -47,6 +49,7 @@ MAGIC = b"edge-qoe vw 1\n"
 FEATURE_SCHEMA = 3
 PROBE_TOLERANCE = 1e-5
 LARGEST_FEATURE = 10.0
+LARGEST_TASTES_BYTES = 1 << 28
 # Warm examples count a hundredfold each: the weight of the prediction ends at -1 whatever the learning rate.
 _WARM_STEPS, _WARM_SHARE = 300, 0.01
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]")
@@ -186,7 +189,7 @@ class VowpalWabbitPolicy:
             "schema": FEATURE_SCHEMA,
             "settings": asdict(self._settings),
             "trust": asdict(self._trust),
-            "tastes": self._tastes.state(),
+            "tastes": _packed(self._tastes.state()),
         }
         body = json.dumps(header, sort_keys=True).encode() + b"\n" + model
         return MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
@@ -393,6 +396,19 @@ def _without_prediction_counter(model: bytes, arguments: str) -> bytes:
     return model[:offset] + struct.pack("<d", 1.0) + model[offset + 8 :]
 
 
+def _packed(state: dict[str, Any]) -> str:
+    """A state that may be of ten thousand devices, as short text."""
+    return base64.b64encode(zlib.compress(json.dumps(state, sort_keys=True).encode(), 1)).decode()
+
+
+def _unpacked(text: str) -> Any:
+    unpacking = zlib.decompressobj()
+    state = unpacking.decompress(base64.b64decode(text, validate=True), LARGEST_TASTES_BYTES)
+    if not unpacking.eof:
+        raise ValueError("tastes are cut off or too large")
+    return json.loads(state)
+
+
 def _opened(data: bytes) -> tuple[VwSettings, Trust, Tastes, bytes]:
     if not data.startswith(MAGIC):
         raise CorruptPolicy("is no Vowpal Wabbit policy")
@@ -404,9 +420,9 @@ def _opened(data: bytes) -> tuple[VwSettings, Trust, Tastes, bytes]:
         header = json.loads(line)
         if header["schema"] != FEATURE_SCHEMA:
             raise CorruptPolicy(f"has feature schema {header['schema']}, this code reads {FEATURE_SCHEMA}")
-        known = Trust.from_record(header["trust"]), Tastes.from_state(header["tastes"])
+        known = Trust.from_record(header["trust"]), Tastes.from_state(_unpacked(header["tastes"]))
         return _settings_from(header["settings"]), *known, model
-    except (ValueError, KeyError, TypeError, AttributeError, InvalidInput) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, zlib.error, InvalidInput) as error:
         raise CorruptPolicy(f"header cannot be read: {error!r}") from error
 
 
