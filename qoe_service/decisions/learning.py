@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -136,7 +137,7 @@ def learn_claimed(claimed: Learner, now: datetime) -> PolicyVersion | None:
     events = list(_events(application, after=claimed.learnt_through)[:EVENTS_AT_ONCE])
     if not events:
         return None
-    learnt = _recalled(application, newest)
+    learnt = _recalled(claimed, newest, now)
     learnt.learn(events)
     version = _publish(claimed=claimed, previous=newest, learnt=learnt, now=now)
     if version is not None:
@@ -150,8 +151,9 @@ def _events(application: Application, *, after: int, through: int | None = None)
     return (rows if through is None else rows.filter(number__lte=through)).order_by("number")
 
 
-def _recalled(application: Application, newest: PolicyVersion | None) -> _Learnt:
+def _recalled(claimed: Learner, newest: PolicyVersion | None, now: datetime) -> _Learnt:
     """The state of the newest version: from this process's memory, from its bytes, or replayed from the log."""
+    application = claimed.application
     digest, learnt = _kept.pop(application.pk, ("", None))
     if newest is None:
         return _Learnt(VowpalWabbitPolicy(), Calibration())
@@ -162,7 +164,7 @@ def _recalled(application: Application, newest: PolicyVersion | None) -> _Learnt
         return _Learnt(policies.load(newest), Calibration.from_rows(dict(rows)), newest.trained_through)
     except (CorruptPolicy, InvalidInput) as error:
         logger.error("policy replayed application=%s number=%d reason=%s", application.pk, newest.number, error)
-        learnt = _replayed(application, newest.trained_through)
+        learnt = _replayed(_renewing(claimed, _log(application, newest.trained_through), now))
         learnt.changed = set(learnt.calibration.rows())
         return learnt
 
@@ -235,7 +237,7 @@ def replay(*, application: Application) -> Replay | None:
     newest, stored = _newest_with_calibration(application)
     if newest is None:
         return None
-    learnt = _replayed(application, newest.trained_through)
+    learnt = _replayed(_log(application, newest.trained_through))
     state = learnt.policy.to_bytes()
     digest, rows = hashlib.sha256(state).hexdigest(), learnt.calibration.rows()
     mismatches = [f"calibration {scope}" for scope in sorted(rows | stored) if rows.get(scope) != stored.get(scope)]
@@ -253,7 +255,22 @@ def _newest_with_calibration(application: Application) -> tuple[PolicyVersion | 
             return newest, stored
 
 
-def _replayed(application: Application, through: int) -> _Learnt:
+def _log(application: Application, through: int) -> Iterator[JoinedEvent]:
+    found: Iterator[JoinedEvent] = _events(application, after=0, through=through).iterator(chunk_size=EVENTS_AT_ONCE)
+    return found
+
+
+def _renewing(claimed: Learner, events: Iterable[JoinedEvent], now: datetime) -> Iterator[JoinedEvent]:
+    """The events, and the lease with them: a long log takes longer than one lease."""
+    started_s = time.monotonic()
+    mine = Learner.objects.filter(pk=claimed.pk, owner=claimed.owner, fencing_number=claimed.fencing_number)
+    for count, event in enumerate(events):
+        if count % EVENTS_AT_ONCE == 0:
+            mine.update(lease_expires_at=now + timedelta(seconds=time.monotonic() - started_s) + LEASE)
+        yield event
+
+
+def _replayed(events: Iterable[JoinedEvent]) -> _Learnt:
     learnt = _Learnt(VowpalWabbitPolicy(), Calibration())
-    learnt.learn(_events(application, after=0, through=through).iterator(chunk_size=EVENTS_AT_ONCE))
+    learnt.learn(events)
     return learnt

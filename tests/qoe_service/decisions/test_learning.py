@@ -142,6 +142,30 @@ def test_lost_or_corrupt_bytes_are_replayed_from_the_log(
     assert policies.champion(scene.application).number == version.number
 
 
+def test_a_long_replay_keeps_its_lease(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each event takes ten seconds here, and another learner asks after each."""
+    scene.pass_leases(3)
+    scene.learn()
+    scene.pass_leases(1)
+    PolicyVersion.objects.update(state=b"of an older feature schema")
+    learning.forget()
+    mine = learning.claim(application=scene.application, owner="one", now=scene.now)
+    assert mine is not None
+    elapsed, refused = [0.0], []
+
+    def seconds() -> float:
+        later = scene.now + timedelta(seconds=elapsed[0])
+        refused.append(learning.claim(application=scene.application, owner="two", now=later) is None)
+        elapsed[0] += 10.0
+        return elapsed[0] - 10.0
+
+    monkeypatch.setattr(learning, "EVENTS_AT_ONCE", 1)
+    monkeypatch.setattr("qoe_service.decisions.learning.time.monotonic", seconds)
+    assert learning.learn_claimed(mine, scene.now) is not None
+    assert elapsed[0] > 3 * learning.LEASE.total_seconds()
+    assert all(refused)
+
+
 def test_another_owner_waits_while_a_lease_lives_and_takes_over_after(scene: Scene) -> None:
     scene.pass_leases(2)
     mine = learning.claim(application=scene.application, owner="one", now=scene.now)
