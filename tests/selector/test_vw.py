@@ -89,7 +89,8 @@ def test_tiny_numbers_with_many_digits_do_not_poison_the_model(tiny: float, is_p
     policy = VowpalWabbitPolicy()
     some = (candidate(0, tiny if is_predicted else 0.5), candidate(1))
     policy.learn(interaction(context=context(features={"tiny": tiny}), candidates=some, reward=tiny))
-    probabilities = policy.probabilities(context(device="device-2"), candidates(0.8, 0.5))
+    elsewhere = context(device="device-2", device_class="nuc", application="other")
+    probabilities = policy.probabilities(elsewhere, candidates(0.7, 0.6))
     assert probabilities[0] > 0.9
 
 
