@@ -122,6 +122,11 @@ class SimulatedWorld:
         """Which devices the OS update changes, shape (devices,)."""
         return self._fleet.updated
 
+    @property
+    def plan(self) -> Plan:
+        """The constants it was made of, which only frontiers are told."""
+        return self._plan
+
     def device_class(self, device: int) -> str:
         """The class that the device belongs to."""
         return self._plan.classes[int(self._fleet.device_class[device])].name
@@ -177,6 +182,18 @@ class SimulatedWorld:
         """Whether the action fails for want of memory."""
         return self._truth(step).failed
 
+    def alone_ms(self, step: int) -> Floats:
+        """True time of one request alone as things are, shape (devices, actions); only frontiers are told."""
+        return self._one_ms(self._lot(step))
+
+    def slowdown(self, step: int) -> Floats:
+        """How many times longer that is because of heat, other processes and further callers, shape (devices,
+        actions); only frontiers are told."""
+        lot, timing = self._lot(step), self._timing
+        usual = timing.one_ms[lot.device_class] * np.exp(lot.log_time[:, timing.pair_variant])
+        usual = usual[:, timing.pair] * np.exp(lot.log_configuration[:, timing.configuration])
+        return np.asarray(self._one_ms(lot) / usual)
+
     def measure(self, device: int, step: int, action: int, noise: Floats) -> Measurement:
         """One lease's feedback."""
         truth = self._truth(step)
@@ -212,23 +229,25 @@ class SimulatedWorld:
 
     def _truth(self, step: int) -> _Truth:
         if self._kept is None or self._kept[0] != step:
-            fleet, offsets, likes = self._fleet, self._offsets, self._likes
-            lot = _Lot(
-                device_class=fleet.device_class,
-                application=fleet.application,
-                log_time=offsets.log_time(step >= fleet.drift_step),
-                log_configuration=offsets.log_configuration,
-                log_cpu=offsets.log_cpu,
-                rate_rps=fleet.rate_rps[step],
-                load=fleet.load[step],
-                heat=fleet.heat[step],
-                free_memory=fleet.free_memory,
-                user_weights=likes.weights,
-                points=likes.points,
-                daypart=likes.daypart[step],
-            )
-            self._kept = step, self._work_out(lot)
+            self._kept = step, self._work_out(self._lot(step))
         return self._kept[1]
+
+    def _lot(self, step: int) -> _Lot:
+        fleet, offsets, likes = self._fleet, self._offsets, self._likes
+        return _Lot(
+            device_class=fleet.device_class,
+            application=fleet.application,
+            log_time=offsets.log_time(step >= fleet.drift_step),
+            log_configuration=offsets.log_configuration,
+            log_cpu=offsets.log_cpu,
+            rate_rps=fleet.rate_rps[step],
+            load=fleet.load[step],
+            heat=fleet.heat[step],
+            free_memory=fleet.free_memory,
+            user_weights=likes.weights,
+            points=likes.points,
+            daypart=likes.daypart[step],
+        )
 
     def _work_out(self, lot: _Lot) -> _Truth:
         timing, columns, kind = self._timing, self._columns, lot.device_class
