@@ -1,21 +1,24 @@
 """How much nearer to the oracle would selection come if it learnt times better?
 
-In `queueing` and `table` tastes hardly matter: regret comes from times that are not known. Ours plays under three
-kinds of knowledge of them, all else equal, beside the best peer with our prediction and the best without:
+In `queueing` and `table` tastes hardly matter: regret comes from times that are not known. Ours plays with four
+kinds of knowledge of service times, all else equal, beside the best peer with our prediction and the best without:
 
-* learnt: our calibration, as in `benchmarks.selection`.
-* told the offsets' sizes: which offsets of time the world has and their standard deviations, which devices the update
-  changes, when and by how much on average, how measurements err, and what heat, other processes and further callers do
-  to an execution, exactly. Inference is exact: Kalman's filter with the full covariance of all offsets of a class. No
-  product could be told this, and none could infer more from the same leases; it still chooses what to try as ours does.
+* learnt: our calibration, as in `benchmarks.selection`: a filter with a diagonal covariance.
+* exact inference: told nothing, but the covariance of all offsets of a class and its devices is kept in full (Kalman's
+  filter), so that a lease tells as much as it can. Our kinds of effects and our prior sizes, but no fleet; a device
+  that surprises twice is taken to have changed, as ours does. The state grows with the square of a class's devices.
+* told the offsets' sizes: exact inference, told besides which offsets the world has and their standard deviations,
+  which devices the update changes, when and by how much on average, how measurements err, and what heat, other
+  processes and further callers do to an execution, exactly. No product could be told this, and none could infer more
+  from the same leases; it still chooses what to try as ours does.
 * told the times: how long one request alone takes in every action, now. Nothing about times is left to learn but what
   queues, large batches and quotas add, and the energy.
 
-Both frontiers keep our queues, the learnt correction of the tail, and the learnt CPU time. Each is played by ours and
+All keep our queues, the learnt correction of the tail, and the learnt CPU time. The two that are told are also played
 by the argmax, which has neither budget nor aversion to risk. Ratios are regrets over that of the best peer in the same
 run.
 
-What would falsify the claim that a target is out of reach: a frontier with a smaller ratio.
+What would falsify the claim that better learning of times is what is missing: a frontier that is no better than ours.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +37,8 @@ from benchmarks.contenders import CALIBRATED, OURS, contenders, named
 from benchmarks.selection_report import half_width
 from benchmarks.selection_runs import Outcome, measured_rows, outcome, processes
 from selector.actions import action_table
-from selector.calibration import Calibration, Correction
-from selector.effects import SERVICE, EffectTable
+from selector.calibration import LEASE_SD, OUTLIER_Z, Calibration, Correction
+from selector.effects import BATCH, CALLERS, OVERALL, PRECISION, PRIOR_SD, SERVICE, THREADS, VARIANT, EffectTable
 from selector.interactions import Action, Context, Interaction
 from selector.latency import LatencyModel
 from selector.simulation import play
@@ -46,13 +48,15 @@ from selector.worlds.simulated import OUTLIER_FACTOR, SimulatedWorld
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
-LEARNT, SIZES, TIMES = "learnt", "told the offsets' sizes", "told the times"
+LEARNT, EXACT, SIZES, TIMES = "learnt", "exact inference", "told the offsets' sizes", "told the times"
 PEERS = ("boosted trees on residual", "LinTS")
 WORLDS = ("queueing", "table")
 FULL, QUICK = (10, 50, 100), (1, 16, 20)
 # Beyond the noise of measured times: mean batches are measured with an error, and are not the batches' mean time.
 BATCH_SD = 0.05
 OUTLIER_SHARE = 0.05
+# Exact inference is surprised less easily: its variances are larger. What changes is the device and its variants.
+CHANGED_Z, CHANGED_VARIANT_SD = 1.7, 0.15
 LEAST_RATE_RPS = 1e-6
 WORKERS = 2
 
@@ -99,120 +103,206 @@ class Gaussian:
         self.covariance -= np.outer(direction, direction) / scale
 
 
-class InformedCalibration(Calibration):
-    """Ours, but for the service time, which is inferred exactly from what is told, or told itself."""
+class ExactCalibration(Calibration):
+    """Ours, but for the service time, whose effects are jointly inferred: one covariance for a class and its
+    devices."""
 
-    def __init__(self, world: SimulatedWorld, *, is_told_times: bool) -> None:
+    def __init__(self, world: SimulatedWorld) -> None:
         super().__init__()
-        self._world, self._is_told_times = world, is_told_times
+        self._world = world
         self._classes: dict[str, Gaussian] = {}
-        self._asked: dict[int, int] = {}
-        self._raw = [LatencyModel(world.profiles(device)) for device in range(world.device_count)]
-        self._table = action_table(world.actions)
-        self._designs: dict[int, Indices] = {}
-        self._profiled: dict[int, Floats] = {}
+        self._designs: dict[str, Indices] = {}
+        self._surprise: dict[str, float] = {}
 
     def correction(self, context: Context, effects: EffectTable) -> Correction:
-        """What is known about all actions; asked once per device and step."""
+        """What is known about all actions of the world."""
         known = super().correction(context, effects)
-        device = _device(context)
-        step = self._asked[device] = self._asked.get(device, -1) + 1
-        if step == self._world.drift_step and self._world.updated[device]:
-            self._update(context, device)
         mean, variance = known.mean.copy(), known.variance.copy()
-        raw = self._raw[device].predict(context, self._table)
-        raw_ms = raw.raw_a_ms + raw.raw_b_ms
-        if self._is_told_times:
-            mean[0], variance[0] = np.log(self._world.alone_ms(step)[device] / raw_ms), 0.0
-        else:
-            mean[0], variance[0] = self._of_class(context).sums(self._design(context, device))
-            mean[0] += self._conditions(context, step, raw_ms)
+        mean[0], variance[0] = self._of_class(context).sums(self._design(context))
         return Correction(mean, variance)
 
     def _known(self, quantity: str, interaction: Interaction) -> float:
         if quantity != SERVICE:
             return super()._known(quantity, interaction)
-        context, chosen = interaction.context, interaction.chosen
-        device, step, raw_ms = _device(context), _step(interaction), _raw_ms(interaction)
-        if self._is_told_times:
-            return math.log(self._world.alone_ms(step)[device, chosen] / raw_ms)
-        mean, _ = self._of_class(context).sums(self._design(context, device)[chosen : chosen + 1])
-        return float(mean[0] + self._conditions(context, step, raw_ms)[chosen])
+        mean, _ = self._of_class(interaction.context).sums(self._design(interaction.context)[[interaction.chosen]])
+        return float(mean[0])
 
     def _step(self, quantity: str, interaction: Interaction, log_ratio: float, noise: float) -> bool:
         if quantity != SERVICE:
             return super()._step(quantity, interaction, log_ratio, noise)
-        if self._is_told_times:
-            return True
-        context, chosen = interaction.context, interaction.chosen
-        row = self._design(context, _device(context))[chosen]
-        came = log_ratio - float(self._conditions(context, _step(interaction), _raw_ms(interaction))[chosen])
-        filtered = self._of_class(context)
-        (mean,), (variance,) = filtered.sums(row[None])
-        told = self._world.plan.hidden.latency_noise_sd**2 + BATCH_SD**2
-        # Which outliers there are is told as well: the likelier of both is taken for true.
-        slow = math.log(OUTLIER_FACTOR)
-        plain, odd = (((came - mean - off) ** 2) / (variance + told) for off in (0.0, slow))
-        is_outlier = math.log(OUTLIER_SHARE / (1 - OUTLIER_SHARE)) - odd / 2 > -plain / 2
-        filtered.learn(row, came - slow * is_outlier, told)
+        row = self._design(interaction.context)[interaction.chosen]
+        self._infer(interaction, self._of_class(interaction.context), row, log_ratio)
         return True
 
-    def _conditions(self, context: Context, step: int, raw_ms: Floats | float) -> Floats:
-        """Log of what heat, other processes and further callers do, over what our prediction takes them to do."""
-        device = _device(context)
-        slowdown = self._world.slowdown(step)[device]
-        return np.asarray(np.log(slowdown * self._undisturbed_ms(context, device) / raw_ms))
-
-    def _undisturbed_ms(self, context: Context, device: int) -> Floats:
-        """What the profiles say of one request alone, shape (actions,)."""
-        found = self._profiled.get(device)
-        if found is None:
-            undisturbed = replace(context, cpu_load_share=0.0, arrival_rate_rps=LEAST_RATE_RPS)
-            raw = self._raw[device].predict(undisturbed, self._table)
-            found = self._profiled[device] = raw.raw_a_ms + raw.raw_b_ms
-        return found
+    def _infer(self, interaction: Interaction, known: Gaussian, row: Indices, came: float) -> None:
+        """One lease; who surprises twice on the same side may have changed by as much."""
+        device, told = interaction.context.device, LEASE_SD[SERVICE] ** 2
+        (mean,), (variance,) = known.sums(row[None])
+        innovation = came - mean
+        z = innovation / math.sqrt(variance + told)
+        surprise = 0.5 * self._surprise.get(device, 0.0) + 0.5 * min(max(z, -OUTLIER_Z), OUTLIER_Z)
+        self._surprise[device] = surprise
+        if abs(surprise) > CHANGED_Z:
+            self._surprise[device] = 0.0
+            known.shift(("device", device), 0.0, innovation**2)
+            for digest in self._digests():
+                known.shift(("device", device, digest), 0.0, CHANGED_VARIANT_SD**2)
+            _, (variance,) = known.sums(row[None])
+        # An outlier is as noisy as makes it none.
+        believed = min(1.0, OUTLIER_Z**2 * (variance + told) / max(innovation**2, 1e-12))
+        known.learn(row, came, told / believed)
 
     def _of_class(self, context: Context) -> Gaussian:
         return self._classes.setdefault(context.device_class, Gaussian())
 
-    def _design(self, context: Context, device: int) -> Indices:
+    def _design(self, context: Context) -> Indices:
         """Which effects each action has, shape (actions, effects)."""
-        found = self._designs.get(device)
+        found = self._designs.get(context.device)
         if found is None:
             place = self._of_class(context).place
             rows = [
-                [place(name, sd) for name, sd in self._effects(device, action).items()]
+                [place(name, sd) for name, sd in self._effects(context.device, action).items()]
                 for action in self._world.actions
             ]
-            found = self._designs[device] = np.array(rows, dtype=np.intp)
+            found = self._designs[context.device] = np.array(rows, dtype=np.intp)
         return found
 
-    def _effects(self, device: int, action: Action) -> dict[Hashable, float]:
-        """Names and true standard deviations."""
+    def _effects(self, device: str, action: Action) -> dict[Hashable, float]:
+        """Names and standard deviations before anything is known."""
+        digest, bounds = action.variant.digest, action.configuration
+        names: dict[str, tuple[Hashable, ...]] = {
+            OVERALL: (),
+            PRECISION: (PRECISION, action.variant.precision),
+            VARIANT: (digest,),
+            BATCH: (BATCH, bounds.max_batch),
+            CALLERS: (CALLERS, bounds.max_concurrency),
+            THREADS: (THREADS, bounds.threads),
+        }
+        sizes = PRIOR_SD[SERVICE]
+        of_class: dict[Hashable, float] = {("class", *name): sizes[kind][1] for kind, name in names.items()}
+        return of_class | {("device", device, *name): sizes[kind][2] for kind, name in names.items()}
+
+    def _digests(self) -> set[str]:
+        return {action.variant.digest for action in self._world.actions}
+
+
+class InformedCalibration(ExactCalibration):
+    """Exact inference that is told the sizes of all offsets, when devices change, and what other conditions do."""
+
+    def __init__(self, world: SimulatedWorld) -> None:
+        super().__init__(world)
+        self._asked = _Asked(world)
+
+    def correction(self, context: Context, effects: EffectTable) -> Correction:
+        """As it is known at this step; asked once per device and step."""
+        step, raw_ms = self._asked.step_and_raw_ms(context)
+        if step == self._world.drift_step and self._world.updated[_device(context)]:
+            self._update(context)
+        known = super().correction(context, effects)
+        known.mean[0] += self._conditions(context, step, raw_ms)
+        return known
+
+    def _known(self, quantity: str, interaction: Interaction) -> float:
+        known = super()._known(quantity, interaction)
+        return known + self._condition_then(interaction) if quantity == SERVICE else known
+
+    def _infer(self, interaction: Interaction, known: Gaussian, row: Indices, came: float) -> None:
+        """One lease; which outliers there are is told as well: the likelier of both is taken for true."""
+        came -= self._condition_then(interaction)
+        (mean,), (variance,) = known.sums(row[None])
+        told = self._world.plan.hidden.latency_noise_sd**2 + BATCH_SD**2
+        slow = math.log(OUTLIER_FACTOR)
+        plain, odd = (((came - mean - off) ** 2) / (variance + told) for off in (0.0, slow))
+        is_outlier = math.log(OUTLIER_SHARE / (1 - OUTLIER_SHARE)) - odd / 2 > -plain / 2
+        known.learn(row, came - slow * is_outlier, told)
+
+    def _condition_then(self, interaction: Interaction) -> float:
+        conditions = self._conditions(interaction.context, _step_of(interaction), _raw_ms(interaction))
+        return float(conditions[interaction.chosen])
+
+    def _conditions(self, context: Context, step: int, raw_ms: Floats | float) -> Floats:
+        """Log of what heat, other processes and further callers do, over what our prediction takes them to do."""
+        slowdown = self._world.slowdown(step)[_device(context)]
+        return np.asarray(np.log(slowdown * self._asked.undisturbed_ms(context) / raw_ms))
+
+    def _effects(self, device: str, action: Action) -> dict[Hashable, float]:
         hidden, digest, bounds = self._world.plan.hidden, action.variant.digest, action.configuration
         return {
-            "class": hidden.class_sd,
-            ("variant", digest): hidden.class_variant_sd,
+            ("class",): hidden.class_sd,
+            ("class", digest): hidden.class_variant_sd,
             ("profile", digest, bounds.threads): hidden.profile_sd,
             ("device", device): hidden.device_sd,
             ("device", device, digest): hidden.device_variant_sd,
             ("device", device, bounds.max_batch, bounds.max_concurrency): hidden.device_configuration_sd,
         }
 
-    def _update(self, context: Context, device: int) -> None:
+    def _update(self, context: Context) -> None:
         """An update is slower three times in four: its mean and variance are told, not its size."""
         hidden, known = self._world.plan.hidden, self._of_class(context)
         mean = 0.5 * hidden.update_sd * math.sqrt(2 / math.pi)
-        known.shift(("device", device), mean, hidden.update_sd**2 - mean**2)
-        for digest in {action.variant.digest for action in self._world.actions}:
-            known.shift(("device", device, digest), 0.0, hidden.update_variant_sd**2)
+        known.shift(("device", context.device), mean, hidden.update_sd**2 - mean**2)
+        for digest in self._digests():
+            known.shift(("device", context.device, digest), 0.0, hidden.update_variant_sd**2)
+
+
+class ToldCalibration(Calibration):
+    """Ours, but that it is told how long one request alone takes."""
+
+    def __init__(self, world: SimulatedWorld) -> None:
+        super().__init__()
+        self._world, self._asked = world, _Asked(world)
+
+    def correction(self, context: Context, effects: EffectTable) -> Correction:
+        """As it is at this step; asked once per device and step."""
+        known = super().correction(context, effects)
+        step, raw_ms = self._asked.step_and_raw_ms(context)
+        mean, variance = known.mean.copy(), known.variance.copy()
+        mean[0], variance[0] = np.log(self._world.alone_ms(step)[_device(context)] / raw_ms), 0.0
+        return Correction(mean, variance)
+
+    def _known(self, quantity: str, interaction: Interaction) -> float:
+        if quantity != SERVICE:
+            return super()._known(quantity, interaction)
+        alone_ms = self._world.alone_ms(_step_of(interaction))[_device(interaction.context), interaction.chosen]
+        return math.log(alone_ms / _raw_ms(interaction))
+
+    def _step(self, quantity: str, interaction: Interaction, log_ratio: float, noise: float) -> bool:
+        return quantity == SERVICE or super()._step(quantity, interaction, log_ratio, noise)
+
+
+class _Asked:
+    """Which step it is for each device, found by counting, and what is predicted there before any correction."""
+
+    def __init__(self, world: SimulatedWorld) -> None:
+        self._models = [LatencyModel(world.profiles(device)) for device in range(world.device_count)]
+        self._table = action_table(world.actions)
+        self._steps = [-1] * world.device_count
+        self._undisturbed: dict[int, Floats] = {}
+
+    def step_and_raw_ms(self, context: Context) -> tuple[int, Floats]:
+        """The next step, and the time of one request alone as predicted, shape (actions,)."""
+        device = _device(context)
+        self._steps[device] += 1
+        return self._steps[device], self._alone_ms(context)
+
+    def undisturbed_ms(self, context: Context) -> Floats:
+        """What the profiles say of one request alone, shape (actions,)."""
+        found = self._undisturbed.get(_device(context))
+        if found is None:
+            quiet = replace(context, cpu_load_share=0.0, arrival_rate_rps=LEAST_RATE_RPS)
+            found = self._undisturbed[_device(context)] = self._alone_ms(quiet)
+        return found
+
+    def _alone_ms(self, context: Context) -> Floats:
+        raw = self._models[_device(context)].predict(context, self._table)
+        return np.asarray(raw.raw_a_ms + raw.raw_b_ms)
 
 
 def _device(context: Context) -> int:
     return int(context.device.rsplit("-", 1)[1])
 
 
-def _step(interaction: Interaction) -> int:
+def _step_of(interaction: Interaction) -> int:
     return int(interaction.decision_id.split("-")[-2])
 
 
@@ -243,8 +333,9 @@ def run(task: Run) -> Outcome:
 
 _KNOWLEDGE: Mapping[str, Callable[[SimulatedWorld], Calibration]] = {
     LEARNT: lambda _: Calibration(),
-    SIZES: partial(InformedCalibration, is_told_times=False),
-    TIMES: partial(InformedCalibration, is_told_times=True),
+    EXACT: ExactCalibration,
+    SIZES: InformedCalibration,
+    TIMES: ToldCalibration,
 }
 
 
@@ -254,16 +345,17 @@ def lines_of(world: str, rows: Mapping[tuple[str, str], list[Outcome]]) -> dict[
     regret = {key: 100 - float(values.mean()) for key, values in qoe.items()}
     boosted, without = (regret[LEARNT, name] for name in PEERS)
     print(f"\nworld {world}: {len(next(iter(rows.values())))} seeds")
-    print(f"{'':<52}{'QoE %':>7}{'±':>6}{'after 5':>9}{'SLO misses':>12}{'/ with':>8}{'/ without':>11}")
+    columns = f"{'QoE %':>7}{'±':>6}{'after 5':>9}{'SLO misses':>12}{'budget viol.':>14}{'/ with':>8}{'/ without':>11}"
+    print(f"{'':<48}{columns}")
     for (knowledge, name), found in rows.items():
         key = knowledge, name
-        after_5, missed = (
-            float(np.mean([getattr(each, f) for each in found])) for f in ("after_5_pct", "slo_missed_pct")
-        )
+        after_5 = np.mean([each.after_5_pct for each in found])
+        missed = np.mean([each.slo_missed_pct for each in found])
+        below = np.mean([each.budget_violations_pct for each in found])
         label = name if name in PEERS else f"{name}, {knowledge}"
         print(
-            f"{label:<52}{qoe[key].mean():>7.2f}{half_width(qoe[key]):>6.2f}{after_5:>9.2f}{missed:>12.2f}"
-            f"{regret[key] / boosted:>8.2f}{regret[key] / without:>11.2f}"
+            f"{label:<48}{qoe[key].mean():>7.2f}{half_width(qoe[key]):>6.2f}{after_5:>9.2f}{missed:>12.2f}"
+            f"{below:>14.1f}{regret[key] / boosted:>8.2f}{regret[key] / without:>11.2f}"
         )
     return {
         f"{name}, {knowledge}": {
@@ -288,7 +380,7 @@ def main() -> None:
     options = parser.parse_args()
     count, devices, steps = QUICK if options.quick else FULL
     seeds = (TUNING_SEEDS if options.tuning else REPORTED_SEEDS)[: options.seeds or count]
-    kinds = [(knowledge, name) for knowledge in _KNOWLEDGE for name in (OURS, CALIBRATED)]
+    kinds = [*((each, OURS) for each in _KNOWLEDGE), (SIZES, CALIBRATED), (TIMES, CALIBRATED)]
     kinds += [(LEARNT, name) for name in PEERS]
     worlds = [f"{name}-tuning" if options.tuning else name for name in WORLDS]
     tasks = [
