@@ -80,6 +80,22 @@ def test_rewards_have_the_expected_qoe_as_their_mean(name: str) -> None:
     assert abs(float(np.mean(errors))) < 0.004
 
 
+def test_frontiers_are_told_the_time_of_one_request_alone_and_what_slows_it_down() -> None:
+    """An action without batches is measured at that time; only the step's conditions and the update change it."""
+    made = world(devices=16, steps=20)
+    alone_ms, noiseless = made.alone_ms(3), np.zeros(NOISE_COLUMNS)
+    single = [index for index, each in enumerate(made.actions) if each.configuration.max_batch == 1]
+    fits = [(device, index) for device in range(16) for index in single if not made.out_of_memory(3)[device, index]]
+    measured = [made.measure(device, 3, index, noiseless).service_ms for device, index in fits]
+    assert measured == pytest.approx([alone_ms[cell] for cell in fits], rel=0.1)
+    slowdown = [made.slowdown(step) for step in range(made.steps)]
+    assert min(each.min() for each in slowdown) >= 1.0
+    usual = [made.alone_ms(step) / slowdown[step] for step in range(made.steps)]
+    changed = [~np.isclose(usual[0], each).all(axis=1) for each in usual]
+    assert not any(each.any() for each in changed[: made.drift_step])
+    assert all(np.array_equal(each, made.updated) for each in changed[made.drift_step :])
+
+
 def test_variants_come_and_go() -> None:
     made = world(steps=20)
     names = [
