@@ -13,7 +13,7 @@ knowledge of service times, beside the peers that were the best with our predict
   devices the update changes, when and by how much on average, the noise and the share of outliers, and what heat, other
   processes and further callers do to an execution. No product could be told this.
 * told the times: the median time of one request alone in every action, now, with what its own further callers cost. Of
-  service times nothing more is learnt: here they differ from the line of the profile by 3 % (sd 2 %).
+  service times nothing more is learnt.
 
 All keep our queues, and learn the tail and the CPU time as ours does. The first and the third are also played by the
 calibrated argmax, which has neither horizon nor aversion to risk nor budget. No row is a strict bound: the filters see
@@ -29,320 +29,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.contenders import CALIBRATED, OURS, contenders, named
 from benchmarks.selection_report import half_width, interval
 from benchmarks.selection_runs import Outcome, measured_rows, outcome, processes
-from selector.actions import action_table
-from selector.calibration import LEASE_SD, OUTLIER_Z, Calibration, Correction
-from selector.effects import (
-    BATCH,
-    CALLERS,
-    OVERALL,
-    PRECISION,
-    PRIOR_SD,
-    QUANTITIES,
-    SERVICE,
-    THREADS,
-    VARIANT,
-    EffectTable,
-)
-from selector.interactions import Action, Context, Interaction
-from selector.latency import LatencyModel
+from benchmarks.timing_knowledge import InformedCalibration, JointCalibration, ToldCalibration
+from selector.calibration import Calibration
 from selector.simulation import play
 from selector.worlds.constants import REPORTED_SEEDS, TUNING_SEEDS, make_world
-from selector.worlds.simulated import OUTLIER_FACTOR, SimulatedWorld
-
-Floats = NDArray[np.float64]
-Indices = NDArray[np.intp]
-# Standard deviation, and the mean if it is not 0.
-Size = tuple[float] | tuple[float, float]
+from selector.worlds.simulated import SimulatedWorld
 
 LEARNT, FULL_COVARIANCE, SIZES, TIMES = "learnt", "full covariance", "told the offsets' sizes", "told the times"
 PEERS = ("boosted trees on residual", "LinTS")
 WORLD = "queueing"
 FULL, QUICK = (10, 50, 100), (2, 16, 20)
-# What the line of a profile misses, with what measured batches are off; the share of outliers is the world's.
-LINE_SD, OUTLIER_SHARE = 0.05, 0.05
-CHANGED_Z, CHANGED_VARIANT_SD = 1.7, 0.15
-LEAST_RATE_RPS = 1e-6
-LARGEST_LOG_ODDS = 500.0
 WORKERS = 2
-_SERVICE = QUANTITIES.index(SERVICE)
-
-
-class Gaussian:
-    """Independent effects, jointly learnt from noisy sums of them; a full covariance."""
-
-    def __init__(self) -> None:
-        self._position: dict[Hashable, int] = {}
-        self.mean, self.covariance = np.zeros(64), np.zeros((64, 64))
-
-    def place(self, name: Hashable, sd: float, mean: float = 0.0) -> int:
-        """Where the effect of this name is; a new one has this mean and standard deviation."""
-        found = self._position.get(name)
-        if found is not None:
-            return found
-        place = self._position[name] = len(self._position)
-        if place >= len(self.mean):
-            self.mean = np.pad(self.mean, (0, place))
-            self.covariance = np.pad(self.covariance, (0, place))
-        self.mean[place], self.covariance[place, place] = mean, sd**2
-        return place
-
-    def widen(self, name: Hashable, variance: float) -> None:
-        """An effect that is there may have changed; raises KeyError for one that is not."""
-        place = self._position[name]
-        self.covariance[place, place] += variance
-
-    def sums(self, rows: Indices) -> tuple[Floats, Floats]:
-        """Means and variances of sums of effects: ``rows`` (sums, effects of each)."""
-        used, inverse = np.unique(rows, return_inverse=True)
-        design = np.zeros((len(rows), len(used)))
-        np.add.at(design, (np.arange(len(rows))[:, None], inverse.reshape(rows.shape)), 1.0)
-        variance = np.einsum("ij,ij->i", design @ self.covariance[np.ix_(used, used)], design)
-        return self.mean[rows].sum(axis=1), np.maximum(variance, 0.0)
-
-    def learn(self, row: Indices, came: float, noise: float, doubt: float = 0.0) -> None:
-        """One noisy sum; ``doubt`` is the variance of ``came`` between the explanations it is the mean of."""
-        direction = self.covariance[:, row].sum(axis=1)
-        scale = float(direction[row].sum()) + noise
-        self.mean += direction * ((came - float(self.mean[row].sum())) / scale)
-        self.covariance -= np.outer(direction, direction) * ((1.0 - doubt / scale) / scale)
-
-
-class JointCalibration(Calibration):
-    """Ours, but for the service time, whose effects are jointly inferred: one covariance for a class and its
-    devices."""
-
-    def __init__(self, world: SimulatedWorld) -> None:
-        super().__init__()
-        self._world = world
-        self._classes: dict[str, Gaussian] = {}
-        self._designs: dict[tuple[str, bool], Indices] = {}
-        self._surprise: dict[str, float] = {}
-
-    def correction(self, context: Context, effects: EffectTable) -> Correction:
-        """What is known about all actions of the world."""
-        known = super().correction(context, effects)
-        mean, variance = known.mean.copy(), known.variance.copy()
-        mean[_SERVICE], variance[_SERVICE] = self._of_class(context).sums(
-            self._design(context, self._is_changed(context))
-        )
-        return Correction(mean, variance)
-
-    def _known(self, quantity: str, interaction: Interaction) -> float:
-        if quantity != SERVICE:
-            return super()._known(quantity, interaction)
-        mean, _ = self._of_class(interaction.context).sums(self._row(interaction)[None])
-        return float(mean[0])
-
-    def _step(self, quantity: str, interaction: Interaction, log_ratio: float, noise: float) -> bool:
-        if quantity != SERVICE:
-            return super()._step(quantity, interaction, log_ratio, noise)
-        self._infer(interaction, self._of_class(interaction.context), self._row(interaction), log_ratio)
-        return True
-
-    def _row(self, interaction: Interaction) -> Indices:
-        was_changed = self._was_changed(interaction)
-        return np.asarray(self._design(interaction.context, was_changed)[interaction.chosen])
-
-    def _is_changed(self, context: Context) -> bool:
-        """Whether the device is known to be another than it was; of nobody here."""
-        del context
-        return False
-
-    def _was_changed(self, interaction: Interaction) -> bool:
-        """The same when this lease began."""
-        del interaction
-        return False
-
-    def _infer(self, interaction: Interaction, known: Gaussian, row: Indices, came: float) -> None:
-        """One lease; who surprises twice on the same side may have changed by as much."""
-        device, told = interaction.context.device, LEASE_SD[SERVICE] ** 2
-        (mean,), (variance,) = known.sums(row[None])
-        innovation = came - mean
-        z = innovation / math.sqrt(variance + told)
-        surprise = 0.5 * self._surprise.get(device, 0.0) + 0.5 * min(max(z, -OUTLIER_Z), OUTLIER_Z)
-        self._surprise[device] = surprise
-        if abs(surprise) > CHANGED_Z:
-            self._surprise[device] = 0.0
-            known.widen(("device", device), innovation**2)
-            for digest in {action.variant.digest for action in self._world.actions}:
-                known.widen(("device", device, digest), CHANGED_VARIANT_SD**2)
-            _, (variance,) = known.sums(row[None])
-        # An outlier is as noisy as makes it none.
-        known.learn(row, came, max(told, (innovation / OUTLIER_Z) ** 2 - variance))
-
-    def _of_class(self, context: Context) -> Gaussian:
-        if context.device_class not in self._classes:
-            self._classes[context.device_class] = Gaussian()
-        return self._classes[context.device_class]
-
-    def _design(self, context: Context, is_changed: bool) -> Indices:
-        """Which effects each action has, shape (actions, effects)."""
-        found = self._designs.get((context.device, is_changed))
-        if found is None:
-            place = self._of_class(context).place
-            rows = [
-                [place(name, *size) for name, size in self._effects(context.device, action, is_changed).items()]
-                for action in self._world.actions
-            ]
-            found = self._designs[context.device, is_changed] = np.array(rows, dtype=np.intp)
-        return found
-
-    def _effects(self, device: str, action: Action, is_changed: bool) -> dict[Hashable, Size]:
-        """Names, with standard deviations (and means, if not 0) before anything is known."""
-        del is_changed
-        digest, bounds = action.variant.digest, action.configuration
-        names: dict[str, tuple[Hashable, ...]] = {
-            OVERALL: (),
-            PRECISION: (PRECISION, action.variant.precision),
-            VARIANT: (digest,),
-            BATCH: (BATCH, bounds.max_batch),
-            CALLERS: (CALLERS, bounds.max_concurrency),
-            THREADS: (THREADS, bounds.threads),
-        }
-        sizes = PRIOR_SD[SERVICE]
-        of_class: dict[Hashable, Size] = {("class", *name): (sizes[kind][1],) for kind, name in names.items()}
-        return of_class | {("device", device, *name): (sizes[kind][2],) for kind, name in names.items()}
-
-
-class InformedCalibration(JointCalibration):
-    """A joint filter that is told the sizes of all offsets, when devices change, and what other conditions do."""
-
-    def __init__(self, world: SimulatedWorld) -> None:
-        super().__init__(world)
-        self._asked = _Asked(world)
-
-    def correction(self, context: Context, effects: EffectTable) -> Correction:
-        """As it is known at this step; asked once per device and step."""
-        step, raw_ms = self._asked.step_and_raw_ms(context)
-        known = super().correction(context, effects)
-        known.mean[_SERVICE] += self._conditions(context, step, raw_ms)
-        return known
-
-    def _known(self, quantity: str, interaction: Interaction) -> float:
-        known = super()._known(quantity, interaction)
-        return known + self._condition_then(interaction) if quantity == SERVICE else known
-
-    def _infer(self, interaction: Interaction, known: Gaussian, row: Indices, came: float) -> None:
-        """One lease: an outlier with the probability that its time tells."""
-        came -= self._condition_then(interaction)
-        (mean,), (variance,) = known.sums(row[None])
-        told, slow = self._world.plan.hidden.latency_noise_sd**2 + LINE_SD**2, math.log(OUTLIER_FACTOR)
-        plain, odd = (((came - mean - off) ** 2) / (variance + told) / 2 for off in (0.0, slow))
-        odds = (1 - OUTLIER_SHARE) / OUTLIER_SHARE * math.exp(min(odd - plain, LARGEST_LOG_ODDS))
-        share = 1.0 / (1.0 + odds)
-        known.learn(row, came - share * slow, told, doubt=share * (1 - share) * slow**2)
-
-    def _is_changed(self, context: Context) -> bool:
-        device = _device(context)
-        return bool(self._world.updated[device]) and self._asked.steps[device] >= self._world.drift_step
-
-    def _was_changed(self, interaction: Interaction) -> bool:
-        device = _device(interaction.context)
-        return bool(self._world.updated[device]) and _step_of(interaction) >= self._world.drift_step
-
-    def _condition_then(self, interaction: Interaction) -> float:
-        conditions = self._conditions(interaction.context, _step_of(interaction), _raw_ms(interaction))
-        return float(conditions[interaction.chosen])
-
-    def _conditions(self, context: Context, step: int, raw_ms: Floats | float) -> Floats:
-        """Log of what heat, other processes and further callers do, over what our prediction takes them to do."""
-        slowdown = self._world.slowdown(step)[_device(context)]
-        return np.asarray(np.log(slowdown * self._asked.undisturbed_ms(context) / raw_ms))
-
-    def _effects(self, device: str, action: Action, is_changed: bool) -> dict[Hashable, Size]:
-        hidden, digest, bounds = self._world.plan.hidden, action.variant.digest, action.configuration
-        found: dict[Hashable, Size] = {
-            ("class",): (hidden.class_sd,),
-            ("class", digest): (hidden.class_variant_sd,),
-            ("profile", digest, bounds.threads): (hidden.profile_sd,),
-            ("device", device): (hidden.device_sd,),
-            ("device", device, digest): (hidden.device_variant_sd,),
-            ("device", device, bounds.max_batch, bounds.max_concurrency): (hidden.device_configuration_sd,),
-        }
-        if is_changed:
-            # An update is slower three times in four: half of the mean of a folded normal.
-            mean = 0.5 * hidden.update_sd * math.sqrt(2 / math.pi)
-            found["update", device] = math.sqrt(hidden.update_sd**2 - mean**2), mean
-            found["update", device, digest] = (hidden.update_variant_sd,)
-        return found
-
-
-class ToldCalibration(Calibration):
-    """Ours, but that it is told how long one request alone takes."""
-
-    def __init__(self, world: SimulatedWorld) -> None:
-        super().__init__()
-        self._world, self._asked = world, _Asked(world)
-
-    def correction(self, context: Context, effects: EffectTable) -> Correction:
-        """As it is at this step; asked once per device and step."""
-        known = super().correction(context, effects)
-        step, raw_ms = self._asked.step_and_raw_ms(context)
-        mean, variance = known.mean.copy(), known.variance.copy()
-        mean[_SERVICE], variance[_SERVICE] = np.log(self._world.alone_ms(step)[_device(context)] / raw_ms), 0.0
-        return Correction(mean, variance)
-
-    def _known(self, quantity: str, interaction: Interaction) -> float:
-        if quantity != SERVICE:
-            return super()._known(quantity, interaction)
-        alone_ms = self._world.alone_ms(_step_of(interaction))[_device(interaction.context), interaction.chosen]
-        return math.log(alone_ms / _raw_ms(interaction))
-
-    def _step(self, quantity: str, interaction: Interaction, log_ratio: float, noise: float) -> bool:
-        return quantity == SERVICE or super()._step(quantity, interaction, log_ratio, noise)
-
-
-class _Asked:
-    """Which step it is for each device, found by counting, and what is predicted there before any correction."""
-
-    def __init__(self, world: SimulatedWorld) -> None:
-        self._models = [LatencyModel(world.profiles(device)) for device in range(world.device_count)]
-        self._table = action_table(world.actions)
-        self.steps = [-1] * world.device_count
-        self._undisturbed: dict[int, Floats] = {}
-
-    def step_and_raw_ms(self, context: Context) -> tuple[int, Floats]:
-        """The next step, and the time of one request alone as predicted, shape (actions,)."""
-        device = _device(context)
-        self.steps[device] += 1
-        return self.steps[device], self._alone_ms(context)
-
-    def undisturbed_ms(self, context: Context) -> Floats:
-        """What the profiles say of one request alone, shape (actions,)."""
-        found = self._undisturbed.get(_device(context))
-        if found is None:
-            quiet = replace(context, cpu_load_share=0.0, arrival_rate_rps=LEAST_RATE_RPS)
-            found = self._undisturbed[_device(context)] = self._alone_ms(quiet)
-        return found
-
-    def _alone_ms(self, context: Context) -> Floats:
-        raw = self._models[_device(context)].predict(context, self._table)
-        return np.asarray(raw.raw_a_ms + raw.raw_b_ms)
-
-
-def _device(context: Context) -> int:
-    return int(context.device.rsplit("-", 1)[1])
-
-
-def _step_of(interaction: Interaction) -> int:
-    return int(interaction.decision_id.split("-")[-2])
-
-
-def _raw_ms(interaction: Interaction) -> float:
-    prediction = interaction.candidates[interaction.chosen].prediction
-    return prediction.raw_a_ms + prediction.raw_b_ms
 
 
 @dataclass(frozen=True, slots=True)
