@@ -1,20 +1,18 @@
 """Online calibration: log multipliers on predicted service time, p95 tail and CPU time, learnt from every
 lease.
 
-Each lease's log ratio measured/predicted is a sum of effects (``effects.py``), each with its own mean and variance:
-one of each kind for the device, for its class and for the fleet. One scalar Kalman step with a diagonal covariance
-shares the innovation out by variance (West & Harrison, *Bayesian Forecasting and Dynamic Models*, ch. 4), which gives
-shrinkage from device to class to fleet; process noise forgets; a redescending weight softens outliers (Hampel, 1974).
-Two surprises on the same side reopen the device's uncertainty: its speed has changed. A diagonal covariance cannot
-lose positive definiteness.
+Each lease's log ratio measured/predicted is a sum of effects (``effects.py``): one of each kind for the device, for its
+class and for the fleet, and one of each condition, learnt jointly (``hierarchy.py``), which gives shrinkage from device
+to class to fleet; process noise forgets; what surprises is as noisy as makes it no outlier (Hampel, 1974). Two
+surprises on the same side reopen the device's uncertainty: its speed has changed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -22,19 +20,20 @@ from numpy.typing import NDArray
 
 from selector.budget import Standing, baseline_candidate, standing_of
 from selector.effects import (
+    CONDITIONS,
     CPU,
-    DRIFT_VARIANCE,
-    KINDS,
     OVERALL,
     QUANTITIES,
     SCOPES,
     SERVICE,
     TAIL,
     EffectTable,
+    conditions_of,
+    kind_of,
     names_of,
-    prior_variance,
 )
 from selector.errors import InvalidInput
+from selector.hierarchy import Level, learn, shares, sums
 from selector.interactions import Candidate, Context, Interaction
 from selector.queueing import sojourn
 from selector.validation import check_interaction, check_prediction, number, whole
@@ -47,18 +46,14 @@ LEASE_SD = {SERVICE: 0.12, TAIL: 0.20, CPU: 0.08}
 REQUEST_SD = {SERVICE: 0.30, TAIL: 1.50, CPU: 0.30}
 PERCENTILE_SD = 0.20
 OUTLIER_Z = 2.5
-SURPRISE_Z = 1.4
+SURPRISE_Z = 1.7
 TAIL_UTILISATION_LIMIT = 0.95
 LARGEST_LOG_RATIO = 5.0
-# No effect becomes larger, in mean or variance: all of an action together still have an exponential.
-LARGEST_EFFECT = 2.0 * LARGEST_LOG_RATIO
 # A shorter time was not measured, whatever was sent: its ratio may be 0, which has no logarithm.
 LEAST_MEASURED_MS = 1e-6
 
-
 _NOTHING: Mapping[str, Any] = {}
-# Effects of one scope, and one effect in them: kind, name, level of the scope, mean, variance.
-_Part = tuple[Row, str, str, int, float, float]
+_UNHEARD = tuple(Level(depth) for depth in range(len(SCOPES)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +104,12 @@ class Calibration:
         return {scope: int(self._rows.get(scope, {}).get("revision", 0)) for scope in scopes_of(context)}
 
     def correction(self, context: Context, effects: EffectTable) -> Correction:
-        """What is known about all actions of a table: their effects summed over kinds and over fleet, class and
-        device."""
-        rows = [self._rows.get(scope, _NOTHING) for scope in scopes_of(context)]
-        found = (
-            map(row.get(quantity, _NOTHING).get, effects.names, effects.defaults[level][place])
-            for level, row in enumerate(rows)
-            for place, quantity in enumerate(QUANTITIES)
-        )
-        count = len(effects.names)
-        flat = chain.from_iterable(chain.from_iterable(found))
-        shape = (len(SCOPES), len(QUANTITIES), count, 2)
-        known = np.fromiter(flat, np.float64, math.prod(shape)).reshape(shape)
-        total = known.sum(axis=0)[:, effects.index].sum(axis=1)
-        return Correction(total[..., 0], total[..., 1])
+        """What is known about all actions of a table under these conditions."""
+        levels = [
+            self._rows.get(scope, _NOTHING).get("effects") or _UNHEARD[depth]
+            for depth, scope in enumerate(scopes_of(context))
+        ]
+        return Correction(*sums(levels, effects, conditions_of(context)))
 
     def update(self, interaction: Interaction) -> set[str]:
         """Learn from one closed lease; returns the scopes that changed.
@@ -211,43 +198,47 @@ class Calibration:
 
     def _known(self, quantity: str, interaction: Interaction) -> float:
         """Log multiplier of the chosen action as it is known now."""
-        rows = [self._rows.get(scope, _NOTHING).get(quantity, _NOTHING) for scope in scopes_of(interaction.context)]
-        return float(sum(row[name][0] for name in _names(interaction) for row in rows if name in row))
+        weights = _weights(interaction)
+        found = shares(self._levels(interaction, weights), QUANTITIES.index(quantity), weights)
+        return sum(share.mean for share in found)
 
     def _step(self, quantity: str, interaction: Interaction, log_ratio: float, noise: float) -> bool:
-        """One Kalman step over all effects of the chosen action."""
-        rows = [self._rows.setdefault(scope, {"revision": 0}) for scope in scopes_of(interaction.context)]
-        names = _names(interaction)
-        parts: list[_Part] = []
-        for level, row in enumerate(rows):
-            effects = row.setdefault(quantity, {})
-            for kind, name in zip(KINDS, names, strict=True):
-                prior = prior_variance(quantity, kind, name)[level]
-                mean, variance = effects.get(name, (0.0, prior))
-                wandered = variance + DRIFT_VARIANCE[kind][level]
-                parts.append((effects, kind, name, level, mean, max(min(wandered, prior), variance)))
+        """Learn one log ratio of the chosen action."""
+        place, weights = QUANTITIES.index(quantity), _weights(interaction)
+        levels = self._levels(interaction, weights)
+        for level in levels:
+            level.wander(place, weights)
+        found = shares(levels, place, weights)
         log_ratio = min(max(log_ratio, -LARGEST_LOG_RATIO), LARGEST_LOG_RATIO)
-        innovation = log_ratio - sum(part[4] for part in parts)
-        spread = math.sqrt(sum(part[5] for part in parts) + noise)
-        if _is_changed(rows[-1], quantity, innovation / spread):
-            parts = [_reopened(part, innovation) for part in parts]
-        total = sum(part[5] for part in parts) + noise
-        # What is hardly believed makes hardly surer.
-        believed = min(1.0, (OUTLIER_Z * math.sqrt(total) / max(abs(innovation), 1e-12)) ** 2)
-        for effects, _, name, _, mean, variance in parts:
-            gain = believed * variance / total
-            learnt = min(max(mean + gain * innovation, -LARGEST_EFFECT), LARGEST_EFFECT)
-            effects[name] = [learnt, variance * (1.0 - gain)]
+        innovation = log_ratio - sum(share.mean for share in found)
+        known = sum(share.variance for share in found)
+        device = self._rows[scopes_of(interaction.context)[-1]]
+        if _is_changed(device, quantity, innovation / math.sqrt(known + noise)):
+            overall = next(name for name in weights if kind_of(name) == OVERALL)
+            levels[-1].widen(place, overall, innovation**2)
+            found = shares(levels, place, weights)
+            known = sum(share.variance for share in found)
+        learn(place, found, log_ratio, max(noise, (innovation / OUTLIER_Z) ** 2 - known))
         return True
+
+    def _levels(self, interaction: Interaction, weights: Collection[str]) -> list[Level]:
+        """From the fleet down; all have heard of these effects."""
+        rows = [self._rows.setdefault(scope, {"revision": 0}) for scope in scopes_of(interaction.context)]
+        levels = [row.setdefault("effects", Level(depth)) for depth, row in enumerate(rows)]
+        for level in levels:
+            level.hear_of(weights, rows[0]["revision"])
+        return levels
 
 
 def _is_measured(time_ms: float | None) -> TypeGuard[float]:
     return time_ms is not None and time_ms >= LEAST_MEASURED_MS
 
 
-def _names(interaction: Interaction) -> tuple[str, ...]:
+def _weights(interaction: Interaction) -> dict[str, float]:
+    """The effects of the chosen action by name, and how much each counts."""
     candidate = interaction.candidates[interaction.chosen]
-    return names_of(candidate.prediction.source, candidate.action)
+    weights = dict.fromkeys(names_of(candidate.prediction.source, candidate.action), 1.0)
+    return weights | dict(zip(CONDITIONS, conditions_of(interaction.context), strict=True))
 
 
 def _expected(interaction: Interaction, log_multiplier: float) -> tuple[float, float, float]:
@@ -277,35 +268,19 @@ def _is_changed(row: Row, quantity: str, z: float) -> bool:
     return True
 
 
-def _reopened(part: _Part, innovation: float) -> _Part:
-    """The device's overall effect made so uncertain that the innovation is no outlier any more."""
-    effects, kind, name, level, mean, variance = part
-    if kind == OVERALL and SCOPES[level] == "device":
-        variance = max(variance, min(innovation**2, LARGEST_LOG_RATIO))
-    return effects, kind, name, level, mean, variance
-
-
 def _copied(row: Row) -> Row:
-    return {
-        key: _copied(value) if isinstance(value, dict) else list(value) if isinstance(value, list) else value
-        for key, value in row.items()
-    }
+    return {key: value.as_row() if isinstance(value, Level) else deepcopy(value) for key, value in row.items()}
 
 
 def _checked_row(scope: str, row: Mapping[str, Any]) -> Row:
-    if not isinstance(scope, str) or (scope != "fleet" and not scope.startswith(("class:", "device:"))):
+    kind = scope.partition(":")[0] if isinstance(scope, str) else ""
+    if kind not in SCOPES or (scope == kind) != (kind == SCOPES[0]):
         raise InvalidInput("scope", f"must be fleet, class:<name> or device:<id>, is {str(scope)[:80]!r}")
     if not isinstance(row, Mapping):
         raise InvalidInput(scope, "must be a mapping")
     checked: Row = {"revision": int(number(f"{scope}.revision", row.get("revision", 0), 0, 2**53))}
-    for quantity in QUANTITIES:
-        if quantity in row:
-            if not isinstance(row[quantity], Mapping):
-                raise InvalidInput(f"{scope}.{quantity}", "must be a mapping")
-            checked[quantity] = {
-                str(name): _checked_effect(f"{scope}.{quantity}.{name}", effect)
-                for name, effect in row[quantity].items()
-            }
+    if "effects" in row:
+        checked["effects"] = Level.from_row(f"{scope}.effects", SCOPES.index(kind), row["effects"])
     if "devices" in row:
         checked["devices"] = whole(f"{scope}.devices", row["devices"], 0, 2**53)
     if "standing" in row:
@@ -317,9 +292,3 @@ def _checked_row(scope: str, row: Mapping[str, Any]) -> Row:
             str(name): number(f"{scope}.surprise", value, -3, 3) for name, value in row["surprise"].items()
         }
     return checked
-
-
-def _checked_effect(field: str, effect: object) -> list[float]:
-    if not isinstance(effect, (list, tuple)) or len(effect) != 2:
-        raise InvalidInput(field, "must be [mean, variance]")
-    return [number(field, effect[0], -LARGEST_EFFECT, LARGEST_EFFECT), number(field, effect[1], 0, LARGEST_EFFECT)]
