@@ -1,21 +1,18 @@
 """How much nearer to the oracle would selection come in `queueing` if it learnt service times better?
 
-The hypothesis is that times which are not known cost most of what is lost there. Ours plays with four kinds of
+The hypothesis is that times which are not known cost most of what is lost there. Ours plays with three kinds of
 knowledge of service times, beside the peers that were the best with our prediction and the best without in
 `benchmarks.selection`:
 
-* learnt: our calibration, as it is: a filter with a diagonal covariance.
-* full covariance: told nothing, but all effects of a class and of its devices are inferred jointly, by Kalman's filter
-  with their full covariance. Our kinds of effects and prior sizes. Other differences to ours: no fleet, nothing
-  wanders, noise does not depend on the number of requests, and a surprise also reopens the device's variants (threshold
-  and size chosen on the tuning seeds).
-* told the offsets' sizes: such a filter that is told which offsets the world draws and their standard deviations, which
-  devices the update changes, when and by how much on average, the noise and the share of outliers, and what heat, other
-  processes and further callers do to an execution. No product could be told this.
+* learnt: our calibration, as it is.
+* told the offsets' sizes: a filter like ours, but that it is told which offsets the world draws and their standard
+  deviations, which devices the update changes, when and by how much on average, the noise and the share of outliers,
+  and what heat, other processes and further callers do to an execution. No product could be told this. It knows no
+  fleet.
 * told the times: the median time of one request alone in every action, now, with what its own further callers cost. Of
   service times nothing more is learnt.
 
-All keep our queues, and learn the tail and the CPU time as ours does. The first and the third are also played by the
+All keep our queues, and learn the tail and the CPU time as ours does. The first and the second are also played by the
 calibrated argmax, which has neither horizon nor aversion to risk nor budget. No row is a strict bound: the filters see
 service times only, and choose what to try as ours does. `table` is not played: there executions stall under CPU quotas,
 which no offset of this kind describes.
@@ -39,13 +36,13 @@ import numpy as np
 from benchmarks.contenders import CALIBRATED, OURS, contenders, named
 from benchmarks.selection_report import half_width, interval
 from benchmarks.selection_runs import Outcome, measured_rows, outcome, processes
-from benchmarks.timing_knowledge import InformedCalibration, JointCalibration, ToldCalibration
+from benchmarks.timing_knowledge import InformedCalibration, ToldCalibration
 from selector.calibration import Calibration
 from selector.simulation import play
 from selector.worlds.constants import REPORTED_SEEDS, TUNING_SEEDS, make_world
 from selector.worlds.simulated import SimulatedWorld
 
-LEARNT, FULL_COVARIANCE, SIZES, TIMES = "learnt", "full covariance", "told the offsets' sizes", "told the times"
+LEARNT, SIZES, TIMES = "learnt", "told the offsets' sizes", "told the times"
 PEERS = ("boosted trees on residual", "LinTS")
 WORLD = "queueing"
 FULL, QUICK = (10, 50, 100), (2, 16, 20)
@@ -74,7 +71,6 @@ def run(task: Run) -> Outcome:
 
 _KNOWLEDGE: Mapping[str, Callable[[SimulatedWorld], Calibration]] = {
     LEARNT: lambda _: Calibration(),
-    FULL_COVARIANCE: JointCalibration,
     SIZES: InformedCalibration,
     TIMES: ToldCalibration,
 }

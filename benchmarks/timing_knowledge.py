@@ -1,4 +1,4 @@
-"""What `timing_frontier.py` plays with: calibrations that infer service times jointly, or are told about them.
+"""What `timing_frontier.py` plays with: calibrations that are told about service times.
 
 They stand in for `selector.calibration` in simulated worlds alone, and replace its service times; the tail and the CPU
 time are learnt as there.
@@ -14,19 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selector.actions import action_table
-from selector.calibration import LEASE_SD, OUTLIER_Z, Calibration, Correction
-from selector.effects import (
-    BATCH,
-    CALLERS,
-    OVERALL,
-    PRECISION,
-    PRIOR_SD,
-    QUANTITIES,
-    SERVICE,
-    THREADS,
-    VARIANT,
-    EffectTable,
-)
+from selector.calibration import Calibration, Correction
+from selector.effects import QUANTITIES, SERVICE, EffectTable
 from selector.interactions import Action, Context, Interaction
 from selector.latency import LatencyModel
 from selector.worlds.simulated import OUTLIER_FACTOR, SimulatedWorld
@@ -38,8 +27,6 @@ Size = tuple[float] | tuple[float, float]
 
 # What the line of a profile misses, with what measured batches are off; the share of outliers is the world's.
 LINE_SD, OUTLIER_SHARE = 0.05, 0.05
-# Which surprise says that a device has changed, and how much its variants may have: chosen on the tuning seeds.
-CHANGED_Z, CHANGED_VARIANT_SD = 1.7, 0.15
 LEAST_RATE_RPS = 1e-6
 LARGEST_LOG_ODDS = 500.0
 _SERVICE = QUANTITIES.index(SERVICE)
@@ -64,11 +51,6 @@ class Gaussian:
         self.mean[place], self.covariance[place, place] = mean, sd**2
         return place
 
-    def widen(self, name: Hashable, variance: float) -> None:
-        """An effect that is there may have changed; raises KeyError for one that is not."""
-        place = self._position[name]
-        self.covariance[place, place] += variance
-
     def sums(self, rows: Indices) -> tuple[Floats, Floats]:
         """Means and variances of sums of effects: ``rows`` (sums, effects of each)."""
         used, inverse = np.unique(rows, return_inverse=True)
@@ -85,31 +67,30 @@ class Gaussian:
         self.covariance -= np.outer(direction, direction) * ((1.0 - doubt / scale) / scale)
 
 
-class JointCalibration(Calibration):
-    """Ours, but for the service time, whose effects are jointly inferred: one covariance for a class and its
-    devices."""
+class InformedCalibration(Calibration):
+    """Ours, but for the service time: a filter with a matrix per class that is told the sizes of all offsets, when
+    devices change, and what other conditions do."""
 
     def __init__(self, world: SimulatedWorld) -> None:
         super().__init__()
-        self._world = world
+        self._world, self._asked = world, _Asked(world)
         self._classes: dict[str, Gaussian] = {}
         self._designs: dict[tuple[str, bool], Indices] = {}
-        self._surprise: dict[str, float] = {}
 
     def correction(self, context: Context, effects: EffectTable) -> Correction:
-        """What is known about all actions of the world."""
+        """As it is known at this step; asked once per device and step."""
+        step, raw_ms = self._asked.step_and_raw_ms(context)
         known = super().correction(context, effects)
         mean, variance = known.mean.copy(), known.variance.copy()
-        mean[_SERVICE], variance[_SERVICE] = self._of_class(context).sums(
-            self._design(context, self._is_changed(context))
-        )
+        offsets, variance[_SERVICE] = self._of_class(context).sums(self._design(context, self._is_changed(context)))
+        mean[_SERVICE] = offsets + self._conditions(context, step, raw_ms)
         return Correction(mean, variance)
 
     def _known(self, quantity: str, interaction: Interaction) -> float:
         if quantity != SERVICE:
             return super()._known(quantity, interaction)
         mean, _ = self._of_class(interaction.context).sums(self._row(interaction)[None])
-        return float(mean[0])
+        return float(mean[0]) + self._condition_then(interaction)
 
     def _step(self, quantity: str, interaction: Interaction, log_ratio: float, noise: float) -> bool:
         if quantity != SERVICE:
@@ -120,85 +101,6 @@ class JointCalibration(Calibration):
     def _row(self, interaction: Interaction) -> Indices:
         was_changed = self._was_changed(interaction)
         return np.asarray(self._design(interaction.context, was_changed)[interaction.chosen])
-
-    def _is_changed(self, context: Context) -> bool:
-        """Whether the device is known to be another than it was; of nobody here."""
-        del context
-        return False
-
-    def _was_changed(self, interaction: Interaction) -> bool:
-        """The same when this lease began."""
-        del interaction
-        return False
-
-    def _infer(self, interaction: Interaction, known: Gaussian, row: Indices, came: float) -> None:
-        """One lease; who surprises twice on the same side may have changed by as much."""
-        device, told = interaction.context.device, LEASE_SD[SERVICE] ** 2
-        (mean,), (variance,) = known.sums(row[None])
-        innovation = came - mean
-        z = innovation / math.sqrt(variance + told)
-        surprise = 0.5 * self._surprise.get(device, 0.0) + 0.5 * min(max(z, -OUTLIER_Z), OUTLIER_Z)
-        self._surprise[device] = surprise
-        if abs(surprise) > CHANGED_Z:
-            self._surprise[device] = 0.0
-            known.widen(("device", device), innovation**2)
-            for digest in {action.variant.digest for action in self._world.actions}:
-                known.widen(("device", device, digest), CHANGED_VARIANT_SD**2)
-            _, (variance,) = known.sums(row[None])
-        # An outlier is as noisy as makes it none.
-        known.learn(row, came, max(told, (innovation / OUTLIER_Z) ** 2 - variance))
-
-    def _of_class(self, context: Context) -> Gaussian:
-        if context.device_class not in self._classes:
-            self._classes[context.device_class] = Gaussian()
-        return self._classes[context.device_class]
-
-    def _design(self, context: Context, is_changed: bool) -> Indices:
-        """Which effects each action has, shape (actions, effects)."""
-        found = self._designs.get((context.device, is_changed))
-        if found is None:
-            place = self._of_class(context).place
-            rows = [
-                [place(name, *size) for name, size in self._effects(context.device, action, is_changed).items()]
-                for action in self._world.actions
-            ]
-            found = self._designs[context.device, is_changed] = np.array(rows, dtype=np.intp)
-        return found
-
-    def _effects(self, device: str, action: Action, is_changed: bool) -> dict[Hashable, Size]:
-        """Names, with standard deviations (and means, if not 0) before anything is known."""
-        del is_changed
-        digest, bounds = action.variant.digest, action.configuration
-        names: dict[str, tuple[Hashable, ...]] = {
-            OVERALL: (),
-            PRECISION: (PRECISION, action.variant.precision),
-            VARIANT: (digest,),
-            BATCH: (BATCH, bounds.max_batch),
-            CALLERS: (CALLERS, bounds.max_concurrency),
-            THREADS: (THREADS, bounds.threads),
-        }
-        sizes = PRIOR_SD[SERVICE]
-        of_class: dict[Hashable, Size] = {("class", *name): (sizes[kind][1],) for kind, name in names.items()}
-        return of_class | {("device", device, *name): (sizes[kind][2],) for kind, name in names.items()}
-
-
-class InformedCalibration(JointCalibration):
-    """A joint filter that is told the sizes of all offsets, when devices change, and what other conditions do."""
-
-    def __init__(self, world: SimulatedWorld) -> None:
-        super().__init__(world)
-        self._asked = _Asked(world)
-
-    def correction(self, context: Context, effects: EffectTable) -> Correction:
-        """As it is known at this step; asked once per device and step."""
-        step, raw_ms = self._asked.step_and_raw_ms(context)
-        known = super().correction(context, effects)
-        known.mean[_SERVICE] += self._conditions(context, step, raw_ms)
-        return known
-
-    def _known(self, quantity: str, interaction: Interaction) -> float:
-        known = super()._known(quantity, interaction)
-        return known + self._condition_then(interaction) if quantity == SERVICE else known
 
     def _infer(self, interaction: Interaction, known: Gaussian, row: Indices, came: float) -> None:
         """One lease: an outlier with the probability that its time tells."""
@@ -227,7 +129,23 @@ class InformedCalibration(JointCalibration):
         slowdown = self._world.slowdown(step)[_device(context)]
         return np.asarray(np.log(slowdown * self._asked.undisturbed_ms(context) / raw_ms))
 
+    def _of_class(self, context: Context) -> Gaussian:
+        return self._classes.setdefault(context.device_class, Gaussian())
+
+    def _design(self, context: Context, is_changed: bool) -> Indices:
+        """Which effects each action has, shape (actions, effects)."""
+        found = self._designs.get((context.device, is_changed))
+        if found is None:
+            place = self._of_class(context).place
+            rows = [
+                [place(name, *size) for name, size in self._effects(context.device, action, is_changed).items()]
+                for action in self._world.actions
+            ]
+            found = self._designs[context.device, is_changed] = np.array(rows, dtype=np.intp)
+        return found
+
     def _effects(self, device: str, action: Action, is_changed: bool) -> dict[Hashable, Size]:
+        """Names, with standard deviations (and means, if not 0) before anything is known."""
         hidden, digest, bounds = self._world.plan.hidden, action.variant.digest, action.configuration
         found: dict[Hashable, Size] = {
             ("class",): (hidden.class_sd,),

@@ -33,7 +33,7 @@ from selector.effects import (
     names_of,
 )
 from selector.errors import InvalidInput
-from selector.hierarchy import Level, learn, shares, sums
+from selector.hierarchy import LARGEST_SUM, Level, learn, shares, sums
 from selector.interactions import Candidate, Context, Interaction
 from selector.queueing import sojourn
 from selector.validation import check_interaction, check_prediction, number, whole
@@ -200,7 +200,8 @@ class Calibration:
         """Log multiplier of the chosen action as it is known now."""
         weights = _weights(interaction)
         found = shares(self._levels(interaction, weights), QUANTITIES.index(quantity), weights)
-        return sum(share.mean for share in found)
+        known = sum(share.mean for share in found)
+        return min(max(known, -LARGEST_SUM), LARGEST_SUM)
 
     def _step(self, quantity: str, interaction: Interaction, log_ratio: float, noise: float) -> bool:
         """Learn one log ratio of the chosen action."""

@@ -245,7 +245,9 @@ def _packed(array: Singles) -> str:
 
 def _unpacked(field: str, text: object, shape: tuple[int, ...], most: float) -> Singles:
     try:
-        content = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+        if not isinstance(text, str):
+            raise ValueError("is no text")
+        content = base64.b64decode(text, validate=True)
         array = np.frombuffer(content, dtype="<f4").astype(np.float32).reshape(shape)
     except ValueError as error:
         raise InvalidInput(field, f"must be {shape} numbers of four bytes in base64") from error

@@ -46,7 +46,8 @@ Floats = NDArray[np.float64]
 Probes = list[list[float]]
 
 MAGIC = b"edge-qoe vw 1\n"
-FEATURE_SCHEMA = 3
+# One more also where the calibration's rows change: a learner that finds older bytes replays its log.
+FEATURE_SCHEMA = 4
 PROBE_TOLERANCE = 1e-5
 LARGEST_FEATURE = 10.0
 LARGEST_TASTES_BYTES = 1 << 28

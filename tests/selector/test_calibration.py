@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from selector.actions import action_table
-from selector.calibration import LARGEST_EFFECT, LEAST_MEASURED_MS, Calibration, scopes_of
-from selector.effects import QUANTITIES
+from selector.calibration import LEAST_MEASURED_MS, Calibration, scopes_of
 from selector.errors import InvalidInput
+from selector.hierarchy import LARGEST_EFFECT, LARGEST_LOADING, Level
 from selector.interactions import Context, Interaction, Measurement, Profile
 from selector.latency import LatencyModel, Predicted
 from selector.profiles import ProfileBook
@@ -82,12 +82,11 @@ def test_what_is_hardly_believed_makes_hardly_surer() -> None:
     """Absurd times in turn, too long and too short: whatever the device is, they do not tell."""
     calibration = Calibration()
     learn(calibration, context(), 3, 1.0)
-    sure = calibration.rows()["device:device-1"]["service"]["overall:own"][1]
+    sure = predict(calibration, context()).log_sd
     for number in range(3, 13):
         calibration.update(lease(calibration, context(), number, math.exp(4.0 if number % 2 else -4.0)))
-    mean, variance = calibration.rows()["device:device-1"]["service"]["overall:own"]
-    assert variance > 0.8 * sure
-    assert abs(mean) < 0.3
+    assert (predict(calibration, context()).log_sd > 0.9 * sure).all()
+    assert error(calibration, context(), 1.0) < 0.3
 
 
 @pytest.mark.parametrize("slow", [0.25, 2.0, 4.0])
@@ -173,8 +172,10 @@ def test_rows_carry_the_whole_state_through_json() -> None:
 def test_rows_are_copies_and_unknown_scopes_are_new() -> None:
     calibration = Calibration()
     learn(calibration, context(), 2, 1.5)
-    calibration.rows()["fleet"]["service"].clear()
-    assert calibration.rows()["fleet"]["service"]
+    calibration.rows()["fleet"]["effects"].clear()
+    calibration.rows()["device:device-1"]["surprise"].clear()
+    assert calibration.rows()["fleet"]["effects"]
+    assert calibration.rows()["device:device-1"]["surprise"]
     assert calibration.rows(["device:never"]) == {"device:never": {"revision": 0}}
 
 
@@ -239,13 +240,12 @@ def test_absurd_but_valid_measurements_leave_finite_predictions() -> None:
     "rows",
     [
         {"nowhere": {"revision": 1}},
+        {"class": {"revision": 1}},
+        {"fleet:1": {"revision": 1}},
         {"fleet": {"revision": -1}},
-        {"fleet": {"revision": 1, "service": {"overall:own": [math.nan, 0.1]}}},
-        {"fleet": {"revision": 1, "service": {"overall:own": [0.1]}}},
-        {"fleet": {"revision": 1, "service": {"overall:own": [0.1, -1.0]}}},
-        {"fleet": {"revision": 1, "service": "x"}},
-        {"fleet": {"revision": 1, "service": {"overall:own": [100.0, 0.1]}}},
-        {"fleet": {"revision": 1, "service": {"overall:own": [0.1, 100.0]}}},
+        {"fleet": {"revision": 1, "effects": "x"}},
+        {"fleet": {"revision": 1, "effects": {}}},
+        {"class:pi4": {"revision": 1, "effects": Level(0).as_row()}},
         {"fleet": {"revision": 1, "surprise": "x"}},
         {"fleet": {"revision": 1, "standing": [-5.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]}},
         {"fleet": {"revision": 1, "standing": [0.0, 0.0, 0.0, -9.0, 0.0, 0.0, 0.0]}},
@@ -266,17 +266,30 @@ def test_what_are_no_rows_is_refused(rows: Any) -> None:
 
 
 def test_the_most_that_rows_may_hold_still_predicts_and_learns() -> None:
-    names = ("overall:own", "precision:own:fp32", *(f"variant:own:{each.variant.digest[:12]}" for each in ACTIONS))
-    names += ("batch:1", "batch:4", "callers:1", "callers:2", "threads:1")
-    most = {name: [LARGEST_EFFECT, LARGEST_EFFECT] for name in names}
-    row = {"revision": 1, **dict.fromkeys(QUANTITIES, most)}
-    calibration = Calibration.from_rows(dict.fromkeys(scopes_of(context()), row))
+    calibration = Calibration()
+    for number in range(100):
+        calibration.update(lease(calibration, context(), number))
+    rows = calibration.rows()
+    for depth, row in enumerate(rows[scope] for scope in scopes_of(context())):
+        most = Level.from_row("most", depth, row["effects"])
+        most.mean[:], most.covariance[:], most.loadings[:] = LARGEST_EFFECT, LARGEST_EFFECT, LARGEST_LOADING
+        row["effects"] = most.as_row()
+    calibration = Calibration.from_rows(rows)
     entry = replace(lease(Calibration(), context(), 1), measurement=Measurement(requests=9, p50_ms=1.0, p95_ms=2.0))
     with np.errstate(over="raise", invalid="raise"):
         assert np.isfinite(predict(calibration, context()).p95_ms).all()
         calibration.update(entry)
     learnt = calibration.rows()
     assert Calibration.from_rows(learnt).rows() == learnt
+
+
+def test_rows_of_an_older_version_know_nothing_until_the_log_is_replayed() -> None:
+    old = {"fleet": {"revision": 7, "service": {"overall:own": [0.4, 0.1]}, "standing": [1.0, 0.8, 0.8, 0, 0, 1, 0]}}
+    calibration = Calibration.from_rows(old)
+    assert predict(calibration, context()).p95_ms.tolist() == predict(Calibration(), context()).p95_ms.tolist()
+    assert calibration.revisions(context())["fleet"] == 7
+    learn(calibration, context(), 5, slow=2.0)
+    assert error(calibration, context(), 2.0) < 0.3
 
 
 def test_learning_leads_to_no_effect_that_rows_may_not_hold() -> None:
