@@ -42,7 +42,7 @@ Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
 # Noise of one lease's log ratio: what no effect explains, and what shrinks with the number of requests.
-LEASE_SD = {SERVICE: 0.12, TAIL: 0.20, CPU: 0.08}
+LEASE_SD = {SERVICE: 0.08, TAIL: 0.20, CPU: 0.08}
 REQUEST_SD = {SERVICE: 0.30, TAIL: 1.50, CPU: 0.30}
 PERCENTILE_SD = 0.20
 OUTLIER_Z = 2.5
@@ -105,11 +105,7 @@ class Calibration:
 
     def correction(self, context: Context, effects: EffectTable) -> Correction:
         """What is known about all actions of a table under these conditions."""
-        levels = [
-            self._rows.get(scope, _NOTHING).get("effects") or _UNHEARD[depth]
-            for depth, scope in enumerate(scopes_of(context))
-        ]
-        return Correction(*sums(levels, effects, conditions_of(context)))
+        return Correction(*sums(self._known_levels(context), effects, conditions_of(context)))
 
     def update(self, interaction: Interaction) -> set[str]:
         """Learn from one closed lease; returns the scopes that changed.
@@ -150,7 +146,7 @@ class Calibration:
         if (
             interaction.measurement.requests <= 0
             or not prediction.source
-            or prediction.raw_a_ms + prediction.raw_b_ms <= 0
+            or not _is_measured(prediction.raw_a_ms + prediction.raw_b_ms)
         ):
             return False
         learnt = self._learn_service(interaction), self._learn_tail(interaction), self._learn_cpu(interaction)
@@ -198,8 +194,7 @@ class Calibration:
 
     def _known(self, quantity: str, interaction: Interaction) -> float:
         """Log multiplier of the chosen action as it is known now."""
-        weights = _weights(interaction)
-        found = shares(self._levels(interaction, weights), QUANTITIES.index(quantity), weights)
+        found = shares(self._known_levels(interaction.context), QUANTITIES.index(quantity), _weights(interaction))
         known = sum(share.mean for share in found)
         return min(max(known, -LARGEST_SUM), LARGEST_SUM)
 
@@ -222,12 +217,19 @@ class Calibration:
         learn(place, found, log_ratio, max(noise, (innovation / OUTLIER_Z) ** 2 - known))
         return True
 
+    def _known_levels(self, context: Context) -> list[Level]:
+        """From the fleet down; not to be written to."""
+        return [
+            self._rows.get(scope, _NOTHING).get("effects") or _UNHEARD[depth]
+            for depth, scope in enumerate(scopes_of(context))
+        ]
+
     def _levels(self, interaction: Interaction, weights: Collection[str]) -> list[Level]:
-        """From the fleet down; all have heard of these effects."""
+        """From the fleet down, to be written to; all have heard of these effects."""
         rows = [self._rows.setdefault(scope, {"revision": 0}) for scope in scopes_of(interaction.context)]
         levels = [row.setdefault("effects", Level(depth)) for depth, row in enumerate(rows)]
-        for level in levels:
-            level.hear_of(weights, rows[0]["revision"])
+        for depth, level in enumerate(levels):
+            level.hear_of(weights, rows[depth]["revision"], levels[:depth])
         return levels
 
 

@@ -2,16 +2,18 @@
 
 What a scope's effects are depends on those above it, a class's on the fleet's and a device's on the sum of the fleet's
 and its class's: they are ``mean + loadings @ above + error``, the errors with a full ``covariance``. In this form one
-device's leases change its own numbers and those of its class and fleet, never another device's, and it is exact:
-predictions are those of one Kalman filter over all effects of the whole fleet, without its matrix (for the conditional
-form see Bishop, *Pattern Recognition and Machine Learning*, 2.3.3).
+device's leases change its own numbers and those of its class and fleet, never another device's; but for what time makes
+forget, predictions are those of one Kalman filter over all effects of the whole fleet, without its matrix (for the
+conditional form see Bishop, *Pattern Recognition and Machine Learning*, 2.3.3).
 """
 
 from __future__ import annotations
 
 import base64
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Self
 
 import numpy as np
@@ -28,11 +30,12 @@ Singles = NDArray[np.float32]
 LARGEST_EFFECT, LARGEST_LOADING = 10.0, 100.0
 # What is said of an action stays within this: its exponential is a number.
 LARGEST_SUM = 100.0
-# A scope that learns of one more forgets the one that it has not heard of for longest.
-MOST_EFFECTS = 160
-_LONGEST_NAME = 300
-# What rounding to single precision may add to a correlation.
-_ROUNDING = 1e-3
+# Of fleet, class and device. Who learns of one more forgets what it has not heard of for longest.
+MOST_EFFECTS = (160, 160, 48)
+# What rounding to single precision may take from the least variance of a sum.
+_ROUNDING = 1e-5
+# The place of what is not there, as often as asked: the last, which counts for nothing.
+_NOWHERE = repeat(-1)
 
 
 class Level:
@@ -67,11 +70,12 @@ class Level:
         """A view, shape (quantities, effects)."""
         return self.numbers[:, -1]
 
-    def hear_of(self, names: Collection[str], clock: int) -> None:
-        """These effects are learnt now; a new one starts from what is known of such effects beforehand."""
+    def hear_of(self, names: Collection[str], clock: int, above: Sequence[Level]) -> None:
+        """These effects are learnt now; a new one starts from what is known of such effects beforehand. ``above`` are
+        the levels above, from the fleet down."""
         new = [name for name in names if name not in self.place]
         if new:
-            self._make_room(len(new), names)
+            self._make_room(len(new), names, above)
             old = len(self.place)
             self.numbers = _resized(self.numbers, range(old), old + len(new))
             self.place.update((name, old + index) for index, name in enumerate(new))
@@ -82,25 +86,37 @@ class Level:
         for name in names:
             self.used[self.place[name]] = clock
 
-    def _make_room(self, count: int, names: Collection[str]) -> None:
-        """Forget those not heard of for longest: of a joint Gaussian the others remain as they are."""
-        if len(self.place) + count <= MOST_EFFECTS:
+    def _make_room(self, count: int, names: Collection[str], above: Sequence[Level]) -> None:
+        """Forget what was not heard of for longest. What is expected of the others stays: they no longer depend on what
+        those above know of the forgotten, but are what follows from it now."""
+        excess = len(self.place) + count - MOST_EFFECTS[self.depth]
+        if excess <= 0:
             return
         others = sorted(set(self.place) - set(names), key=lambda name: (self.used[self.place[name]], name))
-        gone = set(others[: len(self.place) + count - MOST_EFFECTS])
+        gone = set(others[:excess])
+        for quantity in range(len(QUANTITIES) if above else 0):
+            for name in gone:
+                known = sum(share.mean for share in shares(above, quantity, {name: 1.0}))
+                self.mean[quantity] += known * self.loadings[quantity, self.place[name]]
         kept = {name: place for name, place in self.place.items() if name not in gone}
         self.numbers = _resized(self.numbers, kept.values(), len(kept))
         self.used = [self.used[place] for place in kept.values()]
         self.place = {name: place for place, name in enumerate(kept)}
 
-    def wander(self, quantity: int, names: Iterable[str]) -> None:
-        """Effects change from one of their leases to the next; nobody becomes less sure than at the start."""
-        for name in names:
-            place = self.place[name]
-            variance = float(self.covariance[quantity, place, place])
-            most = prior_variance(QUANTITIES[quantity], name)[self.depth]
-            grown = min(variance + DRIFT_VARIANCE[kind_of(name)][self.depth], most)
-            self.covariance[quantity, place, place] = max(variance, grown)
+    def wander(self, quantity: int, names: Collection[str]) -> None:
+        """Effects change from one of their leases to the next. Who would become less sure than at the start returns to
+        what is known beforehand instead, so that nothing is remembered for ever."""
+        places = [self.place[name] for name in names]
+        covariance = self.covariance[quantity]
+        before = covariance[places, places].astype(np.float64)
+        most = np.maximum(before, [prior_variance(QUANTITIES[quantity], name)[self.depth] for name in names])
+        after = before + [DRIFT_VARIANCE[kind_of(name)][self.depth] for name in names]
+        covariance[places, places] = after
+        kept = np.ones(len(self.place))
+        kept[places] = np.sqrt(np.minimum(most / after, 1.0))
+        covariance *= np.outer(kept, kept)
+        self.loadings[quantity] *= kept
+        self.mean[quantity] *= kept
 
     def widen(self, quantity: int, name: str, variance: float) -> None:
         """This effect may have changed by as much."""
@@ -126,13 +142,13 @@ class Level:
             raise InvalidInput(field, "must be a mapping")
         level, quantities = cls(depth), len(QUANTITIES)
         names, used = row.get("names"), row.get("used")
-        if not isinstance(names, list) or len(names) > MOST_EFFECTS:
-            raise InvalidInput(f"{field}.names", f"must be a list of at most {MOST_EFFECTS}")
+        if not isinstance(names, list) or len(names) > MOST_EFFECTS[depth]:
+            raise InvalidInput(f"{field}.names", f"must be a list of at most {MOST_EFFECTS[depth]}")
         for name in names:
-            if not isinstance(name, str) or len(name) > _LONGEST_NAME or kind_of(name) not in DRIFT_VARIANCE:
+            if not isinstance(name, str) or kind_of(name) not in DRIFT_VARIANCE:
                 raise InvalidInput(f"{field}.names", f"must name effects, has {str(name)[:80]!r}")
         count = len(names)
-        level.place = {name: place for place, name in enumerate(names)}
+        level.place = {sys.intern(name): place for place, name in enumerate(names)}  # many devices share them
         if len(level.place) != count or not isinstance(used, list) or len(used) != count:
             raise InvalidInput(f"{field}.used", "must say once for each name when it was learnt")
         level.used = [whole(f"{field}.used", each, 0, 2**53) for each in used]
@@ -141,10 +157,10 @@ class Level:
         triangle, (above, below) = count * (count + 1) // 2, np.triu_indices(count)
         packed = _unpacked(f"{field}.covariance", row.get("covariance"), (quantities, triangle), LARGEST_EFFECT)
         level.covariance[:, above, below] = level.covariance[:, below, above] = packed
-        own = np.diagonal(level.covariance, axis1=1, axis2=2).astype(np.float64)
-        bound = np.sqrt(np.maximum(own[:, :, None] * own[:, None, :], 0.0)) * (1 + _ROUNDING) + _ROUNDING**2
-        if (own < 0).any() or (np.abs(level.covariance) > bound).any():
-            raise InvalidInput(f"{field}.covariance", "must be a covariance")
+        try:
+            np.linalg.cholesky(level.covariance + _ROUNDING * np.eye(count))
+        except np.linalg.LinAlgError as error:
+            raise InvalidInput(f"{field}.covariance", "must be a covariance") from error
         if depth:
             shape = (quantities, count, count)
             level.loadings[:] = _unpacked(f"{field}.loadings", row.get("loadings"), shape, LARGEST_LOADING)
@@ -165,7 +181,7 @@ class Share:
 
 
 def shares(levels: Sequence[Level], quantity: int, weights: Mapping[str, float]) -> list[Share]:
-    """Of a weighted sum of effects, from the device up. What a scope has not heard of has no share in it."""
+    """Of a weighted sum of effects, from the device up. What a scope has not heard of adds nothing to it there."""
     found: list[Share] = []
     here = dict(weights)
     for level in reversed(levels):
@@ -177,7 +193,7 @@ def shares(levels: Sequence[Level], quantity: int, weights: Mapping[str, float])
         above = own + (level.loadings[quantity] * own).sum(axis=1)
         mean, variance = float(own @ level.mean[quantity]), max(float(own @ direction), 0.0)
         found.append(Share(level, own, above, direction, mean, variance))
-        here = dict(zip(level.place, above.tolist(), strict=True))
+        here |= zip(level.place, above.tolist(), strict=True)
     return found
 
 
@@ -189,7 +205,7 @@ def learn(quantity: int, found: Sequence[Share], came: float, noise: float) -> N
         gain, level = share.direction / total, share.level
         mean = level.mean[quantity] + gain * left
         level.mean[quantity] = np.clip(mean, -LARGEST_EFFECT, LARGEST_EFFECT)
-        level.covariance[quantity] -= np.outer(gain, share.direction)
+        level.covariance[quantity] -= np.outer(share.direction, share.direction) / total  # symmetric to the bit
         if level.depth:
             loadings = level.loadings[quantity] - np.outer(share.above, gain)
             level.loadings[quantity] = np.clip(loadings, -LARGEST_LOADING, LARGEST_LOADING)
@@ -201,26 +217,28 @@ def sums(levels: Sequence[Level], table: EffectTable, conditions: Sequence[float
     quantities, actions = len(QUANTITIES), table.index.shape[1]
     mean, variance = np.zeros((2, quantities, actions), np.float32)
     unheard = np.ones(table.prior.shape[::2], np.float32)
-    below: tuple[Level, Singles] | None = None
+    below: tuple[Collection[str], Singles] | None = None
     for level in reversed(levels):
         place, count = level.place, len(level.place)
-        if not count:
-            continue
-        at = [table.place.get(name, -1) for name in place]
+        at = [*map(table.place.get, place, _NOWHERE), -1]
         unheard[level.depth, at] = 0.0
-        at.append(-1)
         weights = table.design[at]
         for name, value in zip(CONDITIONS, conditions, strict=True):
             weights[place.get(name, -1)] = value
+        passed: list[str] = []
         if below is not None:
             plain, weights = weights, np.empty((quantities, count + 1, actions), np.float32)
             weights[:] = plain
-            weights[:, [place.get(name, -1) for name in below[0].place]] = below[1]
+            weights[:, [*map(place.get, below[0], _NOWHERE)]] = below[1]
+            passed = [name for name in below[0] if name not in place]
         weights = weights[..., :-1, :]
         product = level.numbers @ weights
         variance += np.einsum("...na,...na->...a", product[:, :count], weights)
         mean += product[:, -1]
-        below = level, product[:, count:-1] + weights
+        above = product[:, count:-1] + weights
+        if passed and below is not None:
+            above = np.concatenate((above, below[1][:, [name not in place for name in below[0]]]), axis=1)
+        below = [*place, *passed], above
     rest = np.einsum("lqn,ln->qn", table.prior, unheard)
     variance += rest @ table.design + (rest[:, table.conditions] @ np.square(conditions))[:, None]
     return (

@@ -98,6 +98,25 @@ def test_a_lasting_change_is_known_after_three_leases(slow: float) -> None:
     assert error(calibration, context(), slow) < 0.25
 
 
+@pytest.mark.parametrize(
+    ("usual", "other"),
+    [({"features": {"temperature": 0.4}}, {"features": {"temperature": 0.8}}), ({}, {"cpu_load_share": 0.9})],
+)
+def test_what_heat_and_load_do_to_devices_of_a_class_is_learnt(usual: dict[str, Any], other: dict[str, Any]) -> None:
+    """1.4 times slower where it is hot, or loaded; a new device of the class is expected to be as well."""
+    calibration = Calibration()
+    for number in range(120):
+        device = f"device-{number % 4}"
+        conditions, slow = ((usual, 1.0), (other, 1.4))[number // 4 % 2]
+        calibration.update(lease(calibration, context(device=device, **conditions), number, slow))
+    cool, hot = (
+        predict(calibration, context(device="new", arrival_rate_rps=0.1, **each)).service_ms
+        / predict(Calibration(), context(device="new", arrival_rate_rps=0.1, **each)).service_ms
+        for each in (usual, other)
+    )
+    assert np.median(hot / cool) > 1.2
+
+
 def test_a_slow_variant_is_told_from_a_slow_device() -> None:
     calibration = Calibration()
     for number in range(60):
@@ -167,6 +186,22 @@ def test_rows_carry_the_whole_state_through_json() -> None:
     assert straight.revisions(context(device="device-1")) == {"fleet": 30, "class:pi4": 30, "device:device-1": 10}
     one, other = predict(straight, context()), predict(restarted, context())
     assert one.p95_ms.tolist() == other.p95_ms.tolist()
+
+
+def test_what_teaches_nothing_leaves_no_trace_in_rows() -> None:
+    """Tails of overloaded devices are not learnt; whoever reloads rows in between has the same ones in the end."""
+    straight, restarted = Calibration(), Calibration()
+    for number in range(12):
+        situation = context(arrival_rate_rps=1e5 if number % 3 else 5.0)
+        entry = lease(Calibration(), situation, number)
+        if number % 3:
+            entry = replace(entry, measurement=Measurement(requests=500, p95_ms=900.0))
+            assert straight.update(entry) == set()
+        else:
+            straight.update(entry)
+        restarted = Calibration.from_rows(json.loads(json.dumps(restarted.rows(scopes_of(situation)))))
+        restarted.update(entry)
+    assert restarted.rows() == straight.rows()
 
 
 def test_rows_are_copies_and_unknown_scopes_are_new() -> None:

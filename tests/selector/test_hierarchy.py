@@ -35,8 +35,8 @@ class Fleet:
 
     def tell(self, device: str, quantity: str, weights: dict[str, float], came: float, noise: float) -> None:
         levels = self.chain(device)
-        for level in levels:
-            level.hear_of(weights, len(self.told))
+        for depth, level in enumerate(levels):
+            level.hear_of(weights, len(self.told), levels[:depth])
         place = QUANTITIES.index(quantity)
         learn(place, shares(levels, place, weights), came, noise)
         self.told.append((device, quantity, weights, came, noise))
@@ -116,27 +116,54 @@ def test_a_level_goes_on_from_its_row_as_if_it_had_never_been_written(taught: Fl
     }
 
 
-def test_a_full_scope_forgets_what_it_has_not_heard_of_for_longest() -> None:
-    """The others are known as before; what is forgotten starts anew."""
-    level = Level(0)
-    for number in range(MOST_EFFECTS):
-        level.hear_of([f"variant:own:{number:012x}"], number)
-        learn(0, shares([level], 0, {f"variant:own:{number:012x}": 1.0}), 0.5, 0.01)
-    first, second, last = (f"variant:own:{number:012x}" for number in (0, 1, MOST_EFFECTS - 1))
-    level.hear_of([first], MOST_EFFECTS)
-    before = shares([level], 0, {last: 1.0})[0]
-    level.hear_of(["variant:own:new", "overall:own"], MOST_EFFECTS + 1)
-    assert len(level.place) == MOST_EFFECTS
-    assert first in level.place
-    assert second not in level.place
-    after = shares([level], 0, {last: 1.0})[0]
-    assert (after.mean, after.variance) == (before.mean, before.variance)
-    assert shares([level], 0, {"overall:own": 1.0})[0].mean == 0.0
+def taught_variants(levels: list[Level], count: int) -> None:
+    """Each variant in turn takes e^0.5 of what was expected, on one device."""
+    for number in range(count):
+        weights = {"overall:own": 1.0, f"variant:own:{number:012x}": 1.0}
+        for depth, level in enumerate(levels):
+            level.hear_of(weights, number, levels[:depth])
+        learn(0, shares(levels, 0, weights), 0.5, 0.01)
+
+
+def mean_of(levels: list[Level], weights: dict[str, float]) -> float:
+    return sum(share.mean for share in shares(levels, 0, weights))
+
+
+def test_a_full_scope_forgets_what_it_has_not_heard_of_for_longest_and_expects_the_same_of_the_others() -> None:
+    levels = [Level(0), Level(1), Level(2)]
+    most = MOST_EFFECTS[2]
+    taught_variants(levels, most - 1)
+    first, second, last = (f"variant:own:{number:012x}" for number in (0, 1, most - 2))
+    asked = {"overall:own": 1.0, last: 1.0}
+    before = mean_of(levels, asked)
+    levels[2].hear_of(["overall:own", first], most, levels[:2])
+    levels[2].hear_of(["overall:own", "variant:own:new"], most + 1, levels[:2])
+    assert len(levels[2].place) == most
+    assert first in levels[2].place
+    assert second not in levels[2].place
+    assert second in levels[1].place
+    assert mean_of(levels, asked) == pytest.approx(before, abs=1e-5)
+    own = np.abs(levels[2].loadings[0]).sum(axis=0)
+    assert own[levels[2].place[last]] > 0
+    assert own[levels[2].place["variant:own:new"]] == 0
+
+
+def test_what_a_class_has_forgotten_still_counts_for_device_and_fleet() -> None:
+    """As much as the device's effects depend on it, for one action as for all of a table."""
+    levels = [Level(0), Level(1), Level(2)]
+    weights = weights_of(0, 0.3, 0.2)
+    for number in range(30):
+        for depth, level in enumerate(levels):
+            level.hear_of(weights, number, levels[:depth])
+        learn(0, shares(levels, 0, weights), 1.0, 0.01)
+    levels[1] = Level(1)
+    assert mean_of(levels, weights) == pytest.approx(1.0, abs=0.15)
+    assert sums(levels, TABLE, (0.3, 0.2))[0][0][0] == pytest.approx(mean_of(levels, weights), abs=1e-5)
 
 
 def test_nobody_wanders_further_than_they_were_at_first() -> None:
     level, name = Level(2), "variant:own:000000000000"
-    level.hear_of([name], 1)
+    level.hear_of([name], 1, [])
     learn(0, shares([level], 0, {name: 1.0}), 0.3, 1e-4)
     known = shares([level], 0, {name: 1.0})[0].variance
     for _ in range(5000):
@@ -144,6 +171,22 @@ def test_nobody_wanders_further_than_they_were_at_first() -> None:
     wandered = shares([level], 0, {name: 1.0})[0].variance
     assert known < 0.1 * wandered
     assert wandered == pytest.approx(prior_variance(SERVICE, name)[2])
+
+
+@pytest.mark.parametrize("count", [300, 3000])
+def test_a_difference_is_learnt_anew_however_long_it_was_none(count: int) -> None:
+    level, batches = Level(2), ("batch:1", "batch:4")
+    for number in range(count):
+        weights = {"overall:own": 1.0, batches[number % 2]: 1.0}
+        level.hear_of(weights, number, [])
+        level.wander(0, weights)
+        learn(0, shares([level], 0, weights), 0.0, 0.02)
+    for number in range(60):
+        weights = {"overall:own": 1.0, batches[number % 2]: 1.0}
+        level.wander(0, weights)
+        learn(0, shares([level], 0, weights), 0.1 * (number % 2), 0.02)
+    difference = sum(share.mean for share in shares([level], 0, {"batch:4": 1.0, "batch:1": -1.0}))
+    assert 0.03 < difference < 0.1
 
 
 DAMAGED = [
@@ -165,7 +208,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("change", "named"), DAMAGED)
 def test_a_damaged_row_is_refused_naming_what_is_wrong(change: dict[str, object], named: str) -> None:
     level = Level(1)
-    level.hear_of(["overall:own"], 1)
+    level.hear_of(["overall:own"], 1, [])
     assert Level.from_row("effects", 1, level.as_row()).as_row() == level.as_row()
     with pytest.raises(InvalidInput, match=named):
         Level.from_row("effects", 1, level.as_row() | change)
