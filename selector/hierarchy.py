@@ -97,7 +97,8 @@ class Level:
         for quantity in range(len(QUANTITIES) if above else 0):
             for name in gone:
                 known = sum(share.mean for share in shares(above, quantity, {name: 1.0}))
-                self.mean[quantity] += known * self.loadings[quantity, self.place[name]]
+                mean = self.mean[quantity] + known * self.loadings[quantity, self.place[name]]
+                self.mean[quantity] = np.clip(mean, -LARGEST_EFFECT, LARGEST_EFFECT)
         kept = {name: place for name, place in self.place.items() if name not in gone}
         self.numbers = _resized(self.numbers, kept.values(), len(kept))
         self.used = [self.used[place] for place in kept.values()]
@@ -169,11 +170,10 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one scope has to do with a sum: its weights there, those of the scopes above, how errors of its effects go
-    with the sum, and the part of the sum's mean and variance that is its own."""
+    """What one scope has to do with a sum: the weights that the scopes above have in it because of this one, how errors
+    of its effects go with the sum, and the part of the sum's mean and variance that is its own."""
 
     level: Level
-    weights: Floats
     above: Floats
     direction: Floats
     mean: float
@@ -192,7 +192,7 @@ def shares(levels: Sequence[Level], quantity: int, weights: Mapping[str, float])
         direction = (level.covariance[quantity] * own).sum(axis=1)
         above = own + (level.loadings[quantity] * own).sum(axis=1)
         mean, variance = float(own @ level.mean[quantity]), max(float(own @ direction), 0.0)
-        found.append(Share(level, own, above, direction, mean, variance))
+        found.append(Share(level, above, direction, mean, variance))
         here |= zip(level.place, above.tolist(), strict=True)
     return found
 
