@@ -129,6 +129,23 @@ def test_a_slow_variant_is_told_from_a_slow_device() -> None:
     assert factor[names == "variant-1"].mean() / factor[names != "variant-1"].mean() > 1.5
 
 
+def test_a_variant_that_is_slow_with_one_number_of_threads_is_told_from_variant_and_threads() -> None:
+    """On one device, and on another of its class."""
+    some = tuple(action(number, threads=threads) for number in range(3) for threads in (1, 2))
+    measured = tuple(replace(each, threads=threads) for each in profiles() for threads in (1, 2))
+    calibration = Calibration()
+    for number in range(120):
+        situation = context(device=f"device-{number % 4}")
+        entry = lease(calibration, situation, number, actions=some, profiles=measured)
+        chosen = entry.candidates[entry.chosen].action
+        slow = 2.0 if (chosen.variant.name, chosen.configuration.threads) == ("variant-1", 2) else 1.0
+        calibration.update(lease(calibration, situation, number, slow, actions=some, profiles=measured))
+    for device in ("device-1", "new"):
+        known = LatencyModel(measured, calibration).predict(context(device=device), action_table(some))
+        factor = known.service_ms / (known.raw_a_ms * known.batch + known.raw_b_ms)
+        assert factor[3] / max(np.delete(factor, 3)) > 1.4
+
+
 def test_a_throttled_tail_is_learnt_apart_from_the_service_time() -> None:
     """A CPU quota: the median is right, p95 is five times what queueing says."""
     calibration = Calibration()
