@@ -3,13 +3,15 @@ lease.
 
 Each lease's log ratio measured/predicted is a sum of effects (``effects.py``): one of each kind for the device, for its
 class and for the fleet, and one of each condition, learnt jointly (``hierarchy.py``), which gives shrinkage from device
-to class to fleet; process noise forgets; what surprises is as noisy as makes it no outlier (Hampel, 1974). Two
-surprises on the same side reopen the device's uncertainty: its speed has changed.
+to class to fleet; process noise forgets; what surprises is as noisy as makes it no outlier (Hampel, 1974). Surprises in
+a row on the same side reopen the device's uncertainty: its speed has changed. What is known of a device is known beside
+its class, so one that comes back as another class starts anew.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ from selector.errors import InvalidInput
 from selector.hierarchy import LARGEST_SUM, Level, learn, shares, sums
 from selector.interactions import Candidate, Context, Interaction
 from selector.queueing import sojourn
-from selector.validation import check_interaction, check_prediction, number, whole
+from selector.validation import check_interaction, check_prediction, name, number, whole
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
@@ -219,14 +221,19 @@ class Calibration:
 
     def _known_levels(self, context: Context) -> list[Level]:
         """From the fleet down; not to be written to."""
-        return [
-            self._rows.get(scope, _NOTHING).get("effects") or _UNHEARD[depth]
-            for depth, scope in enumerate(scopes_of(context))
-        ]
+        rows = [self._rows.get(scope, _NOTHING) for scope in scopes_of(context)]
+        if _is_of_another_class(rows[-1], context):
+            rows[-1] = _NOTHING
+        return [row.get("effects") or _UNHEARD[depth] for depth, row in enumerate(rows)]
 
     def _levels(self, interaction: Interaction, weights: Collection[str]) -> list[Level]:
         """From the fleet down, to be written to; all have heard of these effects."""
-        rows = [self._rows.setdefault(scope, {"revision": 0}) for scope in scopes_of(interaction.context)]
+        context = interaction.context
+        rows = [self._rows.setdefault(scope, {"revision": 0}) for scope in scopes_of(context)]
+        if _is_of_another_class(rows[-1], context):
+            rows[-1].pop("effects", None)
+            rows[-1].pop("surprise", None)
+        rows[-1]["class"] = sys.intern(context.device_class)
         levels = [row.setdefault("effects", Level(depth)) for depth, row in enumerate(rows)]
         for depth, level in enumerate(levels):
             level.hear_of(weights, rows[depth]["revision"], levels[:depth])
@@ -260,6 +267,10 @@ def _expected(interaction: Interaction, log_multiplier: float) -> tuple[float, f
     return float(queue.p50_ms), float(queue.p95_ms), float(queue.utilisation)
 
 
+def _is_of_another_class(device: Mapping[str, Any], context: Context) -> bool:
+    return bool(device.get("class", context.device_class) != context.device_class)
+
+
 def _is_changed(row: Row, quantity: str, z: float) -> bool:
     """Whether the device has surprised twice on the same side; the memory of surprises stays in its row."""
     memory = row.setdefault("surprise", {})
@@ -284,6 +295,8 @@ def _checked_row(scope: str, row: Mapping[str, Any]) -> Row:
     checked: Row = {"revision": int(number(f"{scope}.revision", row.get("revision", 0), 0, 2**53))}
     if "effects" in row:
         checked["effects"] = Level.from_row(f"{scope}.effects", SCOPES.index(kind), row["effects"])
+    if "class" in row:
+        checked["class"] = sys.intern(name(f"{scope}.class", row["class"]))
     if "devices" in row:
         checked["devices"] = whole(f"{scope}.devices", row["devices"], 0, 2**53)
     if "standing" in row:

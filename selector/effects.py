@@ -1,9 +1,9 @@
 """The effects that calibration learns: which an action has, and how large they may be before anything is known.
 
 A log multiplier on a predicted time is a sum of effects, one of each kind, for the device, its class and the fleet.
-Effects learnt against a borrowed profile say nothing about the device's own one, so their names hold the profile's
-family. Effects of conditions (how hot the device is, what other processes take) belong to all actions alike, and count
-as much as the condition is there. No learning happens here.
+What is learnt against a borrowed profile says nothing about the device's own one, so the names of effects that depend
+on the profile hold its family. Effects of conditions (how hot the device is, what other processes take) belong to all
+actions alike, and count as much as the condition is there. No learning happens here.
 """
 
 from __future__ import annotations

@@ -98,8 +98,9 @@ class Context:
 class Prediction:
     """What the latency model and the QoE formula expect of one action in one context.
 
-    ``service_ms`` is the wall time of one executed batch of the expected size ``batch``. The ``raw_`` values
-    are what was expected before calibration, so that the calibration learns the same whichever revision
+    ``service_ms`` is the wall time of one executed batch of the expected size ``batch``; ``log_sd`` is the standard
+    deviation of the logarithm of ``p95_ms``. The ``raw_`` values are what was expected before calibration (of the CPU
+    time: before its own, in batches of the expected size), so that the calibration learns the same whichever revision
     predicted; ``source`` says whose profile they come from (``device``, ``device_scaled``, ``class``,
     ``server``, ``size``). ``bonus`` is what finding out may be worth, less what the risk of missing the SLO
     costs: added to ``qoe`` when choosing, never when learning. ``held_back`` says how many

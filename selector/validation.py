@@ -58,6 +58,8 @@ def name(field: str, value: object) -> str:
 
 def check_context(context: Context) -> None:
     """Raise InvalidInput naming the first field of the context that cannot be used."""
+    if not isinstance(context, Context):
+        raise InvalidInput("context", "must be a Context")
     for field in ("device", "device_class", "application"):
         name(f"context.{field}", getattr(context, field))
     number("context.arrival_rate_rps", context.arrival_rate_rps, 0, 1e9)
@@ -117,6 +119,8 @@ def check_profiles(profiles: Sequence[Profile]) -> None:
 
 def check_measurement(measurement: Measurement) -> None:
     """Raise InvalidInput naming the first component that cannot have been measured."""
+    if not isinstance(measurement, Measurement):
+        raise InvalidInput("measurement", "must be a Measurement")
     number("measurement.requests", measurement.requests, 0, 1e15)
     number("measurement.errors", measurement.errors, 0, 1e15)
     number("measurement.ratings", measurement.ratings, 0, 1e15)

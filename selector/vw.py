@@ -439,7 +439,7 @@ def _probes() -> tuple[tuple[Context, tuple[Candidate, ...]], ...]:
         return Candidate(Action(variant, Configuration(2**index, 1, 1)), prediction)
 
     contexts: Iterable[Context] = (
-        Context("probe-device", "probe-class", "probe", 5.0, 50.0, features={"temperature": 60.0}),
+        Context("probe-device", "probe-class", "probe", 5.0, 50.0, features={"temperature": 0.6}),
         Context("probe-other", "probe-class", "probe", 50.0, 20.0, features={"network": "wifi"}),
     )
     candidates = tuple(candidate(index, qoe) for index, qoe in enumerate((0.8, 0.79, 0.5, 0.1)))

@@ -109,6 +109,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "reward": NO_SHARE,
     "chosen": st.integers(2, 10**9) | st.integers(-(10**9), -1) | NO_NUMBER,
     "decision_id": NO_NAME,
+    "context": st.sampled_from([None, {}, "device-1"]),
+    "measurement": st.sampled_from([None, {}, 5.0]),
 }
 PARTS = {
     "context": CONTEXT,

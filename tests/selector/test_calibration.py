@@ -71,6 +71,24 @@ def test_a_new_device_starts_from_its_class_and_others_hardly_change() -> None:
     assert error(calibration, context(device="other", device_class="nuc"), 1.0) < 0.15
 
 
+def test_a_device_that_changes_its_class_starts_from_that_class() -> None:
+    calibration = Calibration()
+    for device in range(6):
+        learn(calibration, context(device=f"slow-{device}"), 6, slow=2.0)
+        learn(calibration, context(device=f"plain-{device}", device_class="nuc"), 6, slow=1.0)
+    moved = context(device="slow-1", device_class="nuc")
+    assert (
+        predict(calibration, moved).p95_ms.tolist()
+        == predict(calibration, replace(moved, device="new")).p95_ms.tolist()
+    )
+    rows = json.loads(json.dumps(calibration.rows()))
+    learn(calibration, moved, 2, slow=1.0)
+    assert error(calibration, moved, 1.0) < 0.15
+    again = Calibration.from_rows(rows)
+    learn(again, moved, 2, slow=1.0)
+    assert again.rows() == calibration.rows()
+
+
 def test_one_odd_lease_hardly_matters() -> None:
     calibration = Calibration()
     learn(calibration, context(), 10, slow=1.0)
@@ -299,6 +317,7 @@ def test_absurd_but_valid_measurements_leave_finite_predictions() -> None:
         {"fleet": {"revision": 1, "effects": {}}},
         {"class:pi4": {"revision": 1, "effects": Level(0).as_row()}},
         {"fleet": {"revision": 1, "surprise": "x"}},
+        {"device:pi-7": {"revision": 1, "class": 4}},
         {"fleet": {"revision": 1, "standing": [-5.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]}},
         {"fleet": {"revision": 1, "standing": [0.0, 0.0, 0.0, -9.0, 0.0, 0.0, 0.0]}},
         {"fleet": {"revision": 1, "standing": [0.0, 0.0, 0.0, 0.0, 0.0, -9.0, 0.0]}},
