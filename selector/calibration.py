@@ -272,7 +272,7 @@ def _is_of_another_class(device: Mapping[str, Any], context: Context) -> bool:
 
 
 def _is_changed(row: Row, quantity: str, z: float) -> bool:
-    """Whether the device has surprised twice on the same side; the memory of surprises stays in its row."""
+    """Whether the device has surprised in a row on the same side; the memory of surprises stays in its row."""
     memory = row.setdefault("surprise", {})
     clipped = min(max(z, -2.5), 2.5)
     memory[quantity] = 0.5 * memory.get(quantity, 0.0) + 0.5 * clipped

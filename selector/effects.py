@@ -145,32 +145,29 @@ def conditions_of(context: Context) -> tuple[float, ...]:
 class EffectTable:
     """The effects of all actions of a table, and those of conditions.
 
-    ``place`` holds the names; ``index`` (kinds, actions) says which each action has, ``conditions`` where those of
-    conditions are. ``design`` (effects + 1, actions) is 1 where an action has an effect, ``prior`` (scopes, quantities,
-    effects + 1) their variances before anything is known and ``prior_of_all`` the same summed over scopes; the last of
-    them stands for any other effect and is 0.
+    ``place`` holds the names, ``conditions`` where those of conditions are. ``design`` (effects + 1, actions) is 1
+    where an action has an effect, ``prior`` (scopes, quantities, effects + 1) their variances before anything is known;
+    the last of both stands for any other effect and is 0.
     """
 
     place: dict[str, int]
-    index: Indices
     conditions: Indices
     design: Singles
     prior: Singles
-    prior_of_all: Singles
 
 
 @lru_cache(maxsize=256)
 def _effect_table(keys: tuple[tuple[str, ...], ...]) -> EffectTable:
     names = (*dict.fromkeys(name for kind in zip(*keys, strict=True) for name in kind), *CONDITIONS)
     place = {name: index for index, name in enumerate(names)}
-    index = np.array([[place[name] for name in kind] for kind in zip(*keys, strict=True)], dtype=np.intp)
     design = np.zeros((len(names) + 1, len(keys)), np.float32)
-    design[index, np.arange(len(keys))] = 1.0
+    for action, key in enumerate(keys):
+        design[[place[name] for name in key], action] = 1.0
     prior = np.zeros((len(SCOPES), len(QUANTITIES), len(names) + 1), np.float32)
     for at, quantity in enumerate(QUANTITIES):
         prior[:, at, :-1] = np.transpose([prior_variance(quantity, name) for name in names])
     conditions = np.array([place[name] for name in CONDITIONS], dtype=np.intp)
-    return EffectTable(place, index, conditions, design, prior, prior.sum(axis=0))
+    return EffectTable(place, conditions, design, prior)
 
 
 _MOST_KEPT = 64
