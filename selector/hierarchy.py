@@ -213,8 +213,8 @@ def learn(quantity: int, found: Sequence[Share], came: float, noise: float) -> N
 
 def sums(levels: Sequence[Level], table: EffectTable, conditions: Sequence[float]) -> tuple[Floats, Floats]:
     """Means and variances of the sums that the actions of a table are, shape (quantities, actions), under conditions in
-    the order of ``CONDITIONS``. As ``shares`` does it, for all at once; what a scope has not heard of is as unsure there
-    as beforehand."""
+    the order of ``CONDITIONS``. As ``shares`` does it, for all at once; what a scope has not heard of is as unsure
+    there as beforehand."""
     quantities, actions = len(QUANTITIES), table.design.shape[1]
     mean, variance = np.zeros((2, quantities, actions), np.float32)
     unheard = np.ones(table.prior.shape[::2], np.float32)
